@@ -1,0 +1,129 @@
+"""The command line: `rayrlhf COMMAND RECIPE [key.sub=value ...]`.
+
+Exit codes: 0 done; 2 the recipe or the data is wrong, with one or two lines that name the value,
+the rule and the fix; 1 anything else. The heavy libraries are imported after parsing.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayrlhf import __version__, console
+from rayrlhf.config import STAGES, RecipeError, load
+
+if TYPE_CHECKING:
+    from rayrlhf.config import Recipe
+
+COMMANDS = {
+    "data": "fetch the built-in data the recipe names, and check every record",
+    "corpus": "read, clean, deduplicate, mix, tokenize and pack the documents",
+    "pretrain": "train the base model on the packed corpus",
+    "sft": "fine-tune on demonstrations",
+    "reward": "train the reward model on ranked completions",
+    "ppo": "train the policy against the reward model",
+    "evaluate": "compare the stages and write report.html",
+    "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(argv)
+    log: Path | None = None
+    try:
+        recipe = load(args.recipe, args.overrides)
+        log = recipe.path / "log.txt"
+        with console.capture(log):
+            return _run(args.command, recipe)
+    except RecipeError as error:
+        print(f"rayrlhf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rayrlhf: interrupted; the same command resumes", file=sys.stderr)
+        return 1
+    except Exception as error:
+        text = " ".join(str(error).split())
+        print(f"rayrlhf: {type(error).__name__}: {text[:600]}", file=sys.stderr)
+        if log is not None:
+            with log.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            print(f"rayrlhf: the whole traceback is at the end of {log}", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, recipe: "Recipe") -> int:
+    from rayrlhf import pipeline
+
+    if command == "data":
+        from rayrlhf.data.builtin import prepare
+
+        prepare(recipe)
+        return 0
+    stages = recipe.stages if command == "pipeline" else (command,)
+    for stage in stages:
+        if stage not in recipe.stages:
+            raise RecipeError(f"the recipe has no section {stage}: add it, or run one of "
+                              f"{', '.join(recipe.stages)}")
+    if command == "pipeline":
+        console.say(f"{recipe.name}: {' -> '.join(recipe.stages)} in {recipe.path}")
+        pipeline.prepare(recipe)
+    for stage in stages:
+        with pipeline.tracked(recipe, stage) as needed:
+            if needed:
+                _function(stage)(recipe)
+    return 0
+
+
+def _function(stage: str) -> "Callable[[Recipe], Path]":
+    """Import and return the function of a stage."""
+    if stage == "corpus":
+        from rayrlhf.data.corpus import build_corpus
+
+        return build_corpus
+    if stage == "pretrain":
+        from rayrlhf.training.pretrain import pretrain
+
+        return pretrain
+    if stage == "sft":
+        from rayrlhf.training.sft import finetune
+
+        return finetune
+    if stage == "reward":
+        from rayrlhf.training.reward import train_reward
+
+        return train_reward
+    if stage == "ppo":
+        from rayrlhf.rl.ppo import train_ppo
+
+        return train_ppo
+    from rayrlhf.evaluation.evaluate import evaluate
+
+    return evaluate
+
+
+def _parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="rayrlhf",
+        usage="rayrlhf COMMAND RECIPE [key.sub=value ...]",
+        description="Train a GPT assistant the whole way on Ray: pretraining, SFT, reward model, "
+        "PPO, evaluation.",
+        epilog=f"commands:\n{commands}\n\nexample:\n"
+        "  rayrlhf pipeline configs/quickstart.yaml ppo.steps=20",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help="see below")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see configs/")
+    parser.add_argument("overrides", metavar="key.sub=value", nargs="*",
+                        help="change values of the recipe")
+    parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
+    return parser
+
+
+assert set(STAGES) < set(COMMANDS)
+
+if __name__ == "__main__":
+    sys.exit(main())

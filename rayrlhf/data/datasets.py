@@ -1,0 +1,247 @@
+"""Demonstrations, comparisons, prompts and packed rows: records -> token ids -> batches.
+
+The order of training data is a pure function of (seed, step): no iterator has a state that a
+checkpoint would have to store.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rayrlhf import console
+from rayrlhf.config import RecipeError
+from rayrlhf.data.records import Kind, Record, iter_records, read_records
+from rayrlhf.data.tokenizer import encode_chat, encode_text
+
+__all__ = [
+    "Comparison", "Example", "Kind", "PackedRows", "Record", "batch_indices", "encode_comparisons",
+    "encode_demonstrations", "encode_prompts", "fitting_prompts", "iter_records", "pad",
+    "read_records", "shard",
+]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration as token ids."""
+
+    ids: list[int]
+    """Prompt, response and end-of-text."""
+    mask: list[int]
+    """1 on the tokens that carry loss (response and end-of-text), else 0."""
+    record: int
+    """Position of the record that it comes from."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K ranked responses to one prompt as token ids."""
+
+    ids: list[list[int]]
+    """Per response: prompt, response and end-of-text."""
+    ranks: list[int]
+    """Per response: 1 = best, ties allowed."""
+    record: int
+    """Position of the record that it comes from."""
+    kept: list[int]
+    """Positions of the responses within the record (those that are too long are left out)."""
+
+
+def encode_demonstrations(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> list[Example]:
+    """Tokenize demonstrations; those over `max_length` tokens are dropped, with one line.
+
+    Raises RecipeError when none is left.
+    """
+    examples = []
+    eos = _eos(tokenizer)
+    for index, record in enumerate(records):
+        if "messages" in record:
+            ids, mask = encode_chat(tokenizer, record["messages"])
+        else:
+            prompt = encode_text(tokenizer, record["prompt"])
+            response = encode_text(tokenizer, record["response"])
+            ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
+        # A chat template may end the last answer itself, and add text of its own after it.
+        if not any(token == eos and m for token, m in zip(ids[-3:], mask[-3:], strict=True)):
+            ids, mask = [*ids, eos], [*mask, 1]
+        if len(ids) <= max_length:
+            examples.append(Example(ids, mask, index))
+    _report_dropped("demonstrations", len(records) - len(examples), len(records), max_length)
+    return examples
+
+
+def encode_comparisons(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> list[Comparison]:
+    """Tokenize comparisons; responses over `max_length` tokens (prompt included) are left out.
+
+    A comparison with fewer than two responses left is dropped, with one line. Raises RecipeError
+    when none is left.
+    """
+    comparisons = []
+    eos = _eos(tokenizer)
+    for index, record in enumerate(records):
+        prompt = encode_text(tokenizer, record["prompt"])
+        ids = [[*prompt, *encode_text(tokenizer, text), eos] for text in record["responses"]]
+        kept = [k for k, sequence in enumerate(ids) if len(sequence) <= max_length]
+        if len(kept) >= 2:
+            ranks = [record["ranks"][k] for k in kept]
+            comparisons.append(Comparison([ids[k] for k in kept], ranks, index, kept))
+    _report_dropped("comparisons", len(records) - len(comparisons), len(records), max_length)
+    return comparisons
+
+
+def encode_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, max_prompt_tokens: int
+) -> list[list[int]]:
+    """Tokenize prompts, one list of ids per record; `messages` end where the answer begins.
+
+    Raises RecipeError when one is longer than `max_prompt_tokens`: see `fitting_prompts`.
+    """
+    prompts = []
+    for index, record in enumerate(records):
+        ids = _prompt_ids(record, tokenizer)
+        if len(ids) > max_prompt_tokens:
+            raise RecipeError(
+                f"prompt {index + 1} has {len(ids)} tokens, but only {max_prompt_tokens} fit "
+                "before the response: remove it, raise model.max_length, or lower "
+                "max_response_tokens"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def fitting_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, max_prompt_tokens: int
+) -> list[Record]:
+    """Return the records whose prompt has at most `max_prompt_tokens`, and say how many do not.
+
+    Raises RecipeError when none fits.
+    """
+    kept = [r for r in records if len(_prompt_ids(r, tokenizer)) <= max_prompt_tokens]
+    _report_dropped("prompts", len(records) - len(kept), len(records), max_prompt_tokens)
+    return kept
+
+
+def batch_indices(*, seed: int, step: int, batch_size: int, num_records: int) -> list[int]:
+    """Return the records of step `step` (from 0): a pure function of its arguments.
+
+    The order is one permutation per epoch, end to end: every record occurs once per epoch and
+    none is dropped; a batch may hold the end of one epoch and the beginning of the next.
+    """
+    start = step * batch_size
+    return [
+        int(_permutation(seed, position // num_records, num_records)[position % num_records])
+        for position in range(start, start + batch_size)
+    ]
+
+
+def shard(
+    indices: Sequence[int], rank: int, world_size: int, weights: Sequence[float] | None = None
+) -> list[int]:
+    """Return the part of a step's batch that `rank` works on, in the order of the batch.
+
+    `weights` are costs aligned with `indices` (for example tokens); the heaviest goes first to
+    the rank with the least so far. Over all ranks every entry occurs exactly once.
+    """
+    costs = [1.0] * len(indices) if weights is None else [float(w) for w in weights]
+    loads = [(0.0, 0)] * world_size                         # (cost, count) per rank
+    mine = []
+    for position in sorted(range(len(indices)), key=lambda i: (-costs[i], i)):
+        target = min(range(world_size), key=lambda r: (*loads[r], r))
+        cost, count = loads[target]
+        loads[target] = (cost + costs[position], count + 1)
+        if target == rank:
+            mine.append(position)
+    return [indices[position] for position in sorted(mine)]
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad to the longest; returns input_ids (b, S) and attention_mask (b, S), both int64.
+
+    The mask comes from the lengths, never from comparing ids with `pad_id`.
+    """
+    longest = max((len(s) for s in sequences), default=0)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)    # (b, S)
+    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)      # (b, S)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
+        attention_mask[row, : len(sequence)] = 1
+    return input_ids, attention_mask
+
+
+class PackedRows:
+    """Rows of T tokens out of the memory-mapped Arrow shards of one split of a corpus."""
+
+    def __init__(self, corpus_dir: str | Path, split: str) -> None:
+        """`split` is `train`, `validation-<source>` or `test-<source>`."""
+        pattern = re.compile(re.escape(split) + r"-\d{5}\.arrow")
+        folder = Path(corpus_dir)
+        files = sorted(f for f in folder.glob("*.arrow") if pattern.fullmatch(f.name))
+        if not files:
+            raise RecipeError(f"{folder}: no rows of the split {split}: run `rayrlhf corpus`, or "
+                              "name this split in corpus.sources")
+        self._shards = [_rows(file) for file in files]
+        self._ends = np.cumsum([len(rows) for rows in self._shards])
+        self.row_length = int(self._shards[0].shape[1])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the rows at `indices`: (n, T) int64."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")
+        out = np.empty((len(wanted), self.row_length), dtype=np.int64)              # (n, T)
+        places = np.searchsorted(self._ends, wanted, side="right")
+        for place, rows in enumerate(self._shards):
+            here = places == place
+            out[here] = rows[wanted[here] - (self._ends[place] - len(rows))]
+        return torch.from_numpy(out)
+
+
+def _rows(file: Path) -> npt.NDArray[np.int32]:
+    """Map one shard into memory as (n, T)."""
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    column = table.column("tokens")
+    row_length = column.type.list_size
+    parts = [chunk.flatten().to_numpy().reshape(-1, row_length) for chunk in column.chunks]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.zeros((0, row_length), dtype=np.int32)
+
+
+def _prompt_ids(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    if "messages" not in record:
+        return encode_text(tokenizer, record["prompt"])
+    return encode_chat(tokenizer, record["messages"], open_answer=True)[0]
+
+
+def _eos(tokenizer: PreTrainedTokenizerFast) -> int:
+    if tokenizer.eos_token_id is None:
+        raise RecipeError("the tokenizer has no end-of-text token: set eos_token in its "
+                          "tokenizer_config.json, or choose another tokenizer.path")
+    return int(tokenizer.eos_token_id)
+
+
+def _report_dropped(what: str, dropped: int, total: int, limit: int) -> None:
+    if dropped == total:
+        raise RecipeError(f"none of {total} {what} fits into {limit} tokens: raise "
+                          "model.max_length or shorten the texts")
+    if dropped:
+        console.say(f"data: {dropped} of {total} {what} are longer than {limit} tokens: left out")
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_records: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_records)

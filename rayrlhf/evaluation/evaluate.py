@@ -1,0 +1,340 @@
+"""Compare the stages of a run on held-out prompts and texts; write results.json and report.html.
+
+    1 answer    every model answers the same prompts                      vLLM, one engine
+    2 judge     VADER and the reward model score every answer
+    3 compare   win rates, ratings, entropy, distinct-2, KL, held-out loss
+    4 agree     the reward model, VADER and people on the same held-out texts
+    5 report    results.json, figures, report.html
+
+Everything runs in this one process: at the size of an evaluation no cluster pays off.
+"""
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerFast
+
+from rayrlhf import console, lineage, metrics
+from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
+from rayrlhf.data import builtin
+from rayrlhf.data.datasets import Record, encode_prompts, fitting_prompts, read_records
+from rayrlhf.data.tokenizer import load_tokenizer
+from rayrlhf.evaluation import plots, report
+from rayrlhf.evaluation.diversity import (
+    TokenStatistics,
+    distinct_n,
+    kl_per_response,
+    token_statistics,
+)
+from rayrlhf.evaluation.held_out import (
+    RatedTexts,
+    agreement,
+    held_out_loss,
+    held_out_rows,
+    pooled_calibration,
+    rated_texts,
+    single_ratings,
+)
+from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
+from rayrlhf.evaluation.words import JUDGES, MODELS
+from rayrlhf.generation import Engine
+from rayrlhf.models.causal_lm import CausalLMModel
+from rayrlhf.models.scalar_head import ScalarHeadModel
+
+Floats = npt.NDArray[np.float64]
+Answers = dict[str, list[Answer]]
+
+_RATINGS_JUDGE = "vader"
+
+
+def evaluate(recipe: Recipe) -> Path:
+    """Compare the recipe's models and return the folder of the results.
+
+    Raises RecipeError when a model or the data is missing or wrong, before any model is loaded.
+    """
+    started = time.monotonic()
+    cfg = recipe.evaluate
+    assert cfg is not None, "the command line checks that the section is there"
+    models = models_of(recipe)
+    tokenizer = load_tokenizer(recipe)
+    max_length = recipe.model.max_length
+    prompts = choose_prompts(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
+    texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
+
+    answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)               # 1
+    tokens_per_batch = cfg.batch_size * max_length
+    judges = _judges(recipe, tokenizer, tokens_per_batch)                           # 2
+    scores = {judge.name: {model: judge.score(given) for model, given in answers.items()}
+              for judge in judges}
+    results = _about(recipe, cfg, models, len(prompts))
+    results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
+    results |= compare_models(models, answers, held_out_rows(recipe, texts),        # 3
+                              reference=results["reference"], temperature=cfg.temperature,
+                              tokens_per_batch=tokens_per_batch)
+    results |= compare_with_people(texts, judges, single_ratings(cfg.comparisons))  # 4
+    results["samples"] = samples(answers, scores, cfg.num_samples)
+    return _write(recipe, results, time.monotonic() - started)                      # 5
+
+
+def models_of(recipe: Recipe) -> dict[str, Path]:
+    """Return the folders of the recipe's models by name: base, sft, then ppo or ppo_ptx.
+
+    Raises RecipeError when one is missing.
+    """
+    if recipe.pretrain is not None:
+        models = {"base": recipe.path / "pretrain" / "final"}
+    else:
+        assert recipe.model.path is not None, "Recipe checks that there is a model to start from"
+        models = {"base": Path(builtin.resolve(recipe.model.path))}
+    if recipe.sft is not None:
+        models["sft"] = recipe.path / "sft" / "final"
+    if recipe.ppo is not None:
+        models["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
+    needed = [*models.values(), *([recipe.path / "reward" / "final"] if recipe.reward else [])]
+    for folder in needed:
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"evaluate reads {folder}, which is no complete model: run the stage "
+                              "before it, `rayrlhf pipeline`, or take its section out")
+    return models
+
+
+def choose_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, recipe: Recipe,
+                   cfg: EvaluateConfig) -> list[tuple[str, list[int]]]:
+    """Return text and token ids of `num_prompts` prompts in an order that the seed decides."""
+    room = recipe.model.max_length - cfg.max_response_tokens
+    if room < 1:
+        raise RecipeError(f"evaluate.max_response_tokens={cfg.max_response_tokens} leaves no room "
+                          f"for a prompt within model.max_length={recipe.model.max_length}: set it "
+                          "lower")
+    fitting = fitting_prompts(records, tokenizer, room)
+    order = np.random.default_rng(recipe.seed).permutation(len(fitting))[:cfg.num_prompts]
+    chosen = [fitting[i] for i in order]
+    return [(record["messages"][-1]["content"] if "messages" in record else record["prompt"], ids)
+            for record, ids in zip(chosen, encode_prompts(chosen, tokenizer, room), strict=True)]
+
+
+def answer_prompts(models: Mapping[str, Path], prompts: Sequence[tuple[str, list[int]]],
+                   tokenizer: PreTrainedTokenizerFast, recipe: Recipe,
+                   cfg: EvaluateConfig) -> Answers:
+    """Let every model answer every prompt, with the same random seed per prompt for all models."""
+    rng = np.random.default_rng([recipe.seed, 1])
+    seeds = [int(seed) for seed in rng.integers(0, 2**31, size=len(prompts))]
+    answers: Answers = {}
+    engine: Engine | None = None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for version, (model, folder) in enumerate(models.items()):
+        if engine is None or _shapes(folder) != shapes:
+            engine = None
+            gc.collect()
+            engine = Engine(str(folder), max_length=recipe.model.max_length, dtype="float32",
+                            memory_gib=cfg.memory_gib, seed=recipe.seed,
+                            num_threads=recipe.resources.rollout.num_threads,
+                            eos_token_id=tokenizer.eos_token_id)
+            shapes = _shapes(folder)
+        else:
+            engine.load_weights(_weights(folder), version)
+        completions = engine.generate([ids for _, ids in prompts], seeds=seeds,
+                                      max_tokens=cfg.max_response_tokens,
+                                      temperature=cfg.temperature)
+        answers[model] = [
+            Answer(text, tokenizer.decode(found.token_ids, skip_special_tokens=True), ids,
+                   found.token_ids, found.finish_reason == "stop")
+            for (text, ids), found in zip(prompts, completions, strict=True)]
+    return answers
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of a Hugging Face folder one by one."""
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, stored.get_tensor(name)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight: one engine serves all models of the same shapes."""
+    shapes = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape())
+                       for name in stored.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return shapes
+
+
+def _judges(recipe: Recipe, tokenizer: PreTrainedTokenizerFast,
+            tokens_per_batch: int) -> list[Judge]:
+    judges: list[Judge] = [VaderJudge()]
+    if recipe.reward is not None:
+        model = ScalarHeadModel.from_pretrained(recipe.path / "reward" / "final")
+        judges.append(RewardJudge(model, eos_id=int(tokenizer.eos_token_id), device=_device(),
+                                  tokens_per_batch=tokens_per_batch))
+    return judges
+
+
+def compare_answers(answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *,
+                    reference: str, seed: int) -> dict[str, Any]:
+    """Return what follows from the words and the scores: win rates, ratings, distinct-2, lengths.
+
+    `scores[judge][model]` is (N,), one per prompt.
+    """
+    rates = {model: {judge: win_rate(by_model[model], by_model[reference], seed=seed)
+                     for judge, by_model in scores.items()} for model in answers}
+    rated = ratings({m: list(s) for m, s in scores[_RATINGS_JUDGE].items()}, anchor=reference,
+                    seed=seed)
+    num = {model: len(given) for model, given in answers.items()}
+    return {
+        "judges": list(scores),
+        f"win_rate_vs_{reference}": {m: {j: rate.value for j, rate in row.items()}
+                                     for m, row in rates.items()},
+        "intervals": {f"win_rate_vs_{reference}": {
+            m: {j: _bounds(rate) for j, rate in row.items()} for m, row in rates.items()}},
+        "mean_score": {model: {judge: float(by_model[model].mean())
+                               for judge, by_model in scores.items()} for model in answers},
+        "ratings_judge": _RATINGS_JUDGE,
+        "ratings": {m: {"elo": r.value, "low": r.low, "high": r.high} for m, r in rated.items()},
+        "distinct_2": {model: distinct_n([a.response for a in given], 2)
+                       for model, given in answers.items()},
+        "response_length": {model: sum(len(a.response_ids) for a in given) / num[model]
+                            for model, given in answers.items()},
+        "ended_fraction": {model: sum(a.ended for a in given) / num[model]
+                           for model, given in answers.items()},
+    }
+
+
+def _bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def compare_models(models: Mapping[str, Path], answers: Answers,
+                   rows: Mapping[str, list[list[int]]], *, reference: str, temperature: float,
+                   tokens_per_batch: int) -> dict[str, Any]:
+    """Return what takes a forward pass: entropy, KL from the reference, held-out loss."""
+
+    def statistics(model: CausalLMModel, given: Sequence[Answer]) -> TokenStatistics:
+        return token_statistics(model, [a.prompt_ids for a in given],
+                                [a.response_ids for a in given], temperature=temperature,
+                                tokens_per_batch=tokens_per_batch)
+
+    own: dict[str, TokenStatistics] = {}
+    by_reference: dict[str, TokenStatistics] = {}
+    losses: dict[str, dict[str, float]] = {}
+    for name, folder in models.items():
+        model = CausalLMModel.from_pretrained(folder).to(_device()).eval()
+        own[name] = statistics(model, answers[name])
+        if name == reference:
+            by_reference = {other: own[name] if other == name else statistics(model, given)
+                            for other, given in answers.items()}
+        losses[name] = {source: held_out_loss(model, ids, tokens_per_batch=tokens_per_batch)
+                        for source, ids in rows.items()}
+    return {
+        "entropy_nats_per_token": {name: found.entropy_per_token for name, found in own.items()},
+        "kl_ref_per_response": {name: kl_per_response(found, by_reference[name])
+                                for name, found in own.items()},
+        "held_out_loss": losses,
+    }
+
+
+def compare_with_people(texts: Mapping[str, RatedTexts], judges: Sequence[Judge],
+                        people: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the reward model's and VADER's agreement with people, by source; {} without one."""
+    vader = next(judge for judge in judges if isinstance(judge, VaderJudge))
+    reward = next((judge for judge in judges if isinstance(judge, RewardJudge)), None)
+    if reward is None:
+        return {"reward_model": {}, "reward_model_calibration": []}
+    scores = {source: reward.score_ids(rated.ids) for source, rated in texts.items()}
+    rows = {source: agreement(rated, scores[source], vader.score_texts(rated.texts), people)
+            for source, rated in texts.items()}
+    return {"reward_model": {source: row for source, row in rows.items() if row is not None},
+            "reward_model_calibration": pooled_calibration(texts, scores)}
+
+
+def samples(answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
+            ) -> list[dict[str, Any]]:
+    """Return the first prompts with what every model answered, and the judges' scores."""
+    prompts = next(iter(answers.values()))[:num_samples]
+    return [{"prompt": first.prompt,
+             "answers": {model: {"text": given[i].response, "ended": given[i].ended,
+                                 "scores": {judge: float(by_model[model][i])
+                                            for judge, by_model in scores.items()}}
+                         for model, given in answers.items()}}
+            for i, first in enumerate(prompts)]
+
+
+def _about(recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, Path],
+           num_prompts: int) -> dict[str, Any]:
+    """Return what the run and the evaluation were."""
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": lineage.commit(),
+        "machine": f"{os.cpu_count()} CPU cores, {_accelerator()}{platform.system()} "
+                   f"{platform.machine()}",
+        "versions": lineage.versions(),
+        "reference": "sft" if "sft" in models else "base",
+        "models": {name: str(folder) for name, folder in models.items()},
+        "num_prompts": num_prompts,
+        "max_response_tokens": cfg.max_response_tokens,
+        "temperature": cfg.temperature,
+    }
+
+
+def _accelerator() -> str:
+    return f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _write(recipe: Recipe, results: dict[str, Any], seconds: float) -> Path:
+    """Write results.json, the figures and the report; print the table."""
+    folder = recipe.path / "evaluation"
+    done = lineage.load(recipe)
+    results["seconds"] = {stage: float(done[stage]["seconds"]) for stage in recipe.stages
+                          if stage in done and stage != "evaluate"} | {"evaluate": seconds}
+    curves = {stage: metrics.read_jsonl(recipe.path / stage / "metrics.jsonl")
+              for stage in ("pretrain", "sft", "reward", "ppo") if stage in recipe.stages}
+    drawn = plots.figures(results, curves)
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in drawn:
+        (folder / f"{figure.name}.png").write_bytes(figure.light)
+    text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    page = report.write_report(recipe.path / "report.html", results, drawn, recipe_yaml=text)
+    lineage.write_json(folder / "results.json", results)
+    console.say(summary(results))
+    console.say(f"report: {page.resolve()}")
+    return folder
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Return the tables that the terminal shows."""
+    reference = results["reference"]
+    rows = [(MODELS[model], *[rates[judge] for judge in results["judges"]],
+             results["kl_ref_per_response"][model], results["entropy_nats_per_token"][model],
+             results["distinct_2"][model], round(results["ratings"][model]["elo"]))
+            for model, rates in results[f"win_rate_vs_{reference}"].items()]
+    wins = [f"wins by {JUDGES[judge].removeprefix('the ')}" for judge in results["judges"]]
+    shown = console.table(("model", *wins, "KL (nats)", "entropy", "distinct-2", "rating"), rows)
+    if results["reward_model"]:
+        shown += "\n\n" + console.table(
+            ("reward model on", "pair accuracy", "one human", "VADER", "Pearson r"),
+            [(source, row["pair_accuracy"], row["human_pair_accuracy"],
+              row["vader_pair_accuracy"], row["pearson"])
+             for source, row in results["reward_model"].items()])
+    return shown

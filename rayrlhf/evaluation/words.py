@@ -1,0 +1,12 @@
+"""What models, judges and stages are called in the report, in the order in which they appear."""
+
+MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+JUDGES = {"vader": "VADER", "reward": "the reward model"}
+STAGES = {"corpus": "Corpus", "pretrain": "Pretraining", "sft": "Supervised fine-tuning",
+          "reward": "Reward model", "ppo": "PPO", "evaluate": "Evaluation"}
+
+
+def model_word(model: str) -> str:
+    """Return how a model is called at the start of a sentence or on an axis."""
+    word = MODELS[model]
+    return word[0].upper() + word[1:]

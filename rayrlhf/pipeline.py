@@ -1,0 +1,119 @@
+"""All stages of a recipe in their order; a stage that is complete and unchanged is skipped."""
+
+import glob
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from rayrlhf import console, lineage, metrics, session
+from rayrlhf.config import TRAINED_STAGES, Recipe, RecipeError
+from rayrlhf.data import builtin
+
+SHOWN = {
+    "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
+    "sft": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
+    "reward": {"loss": "loss", "pair_accuracy": "accuracy", "learning_rate": "lr"},
+    "ppo": {"reward/score_mean": "score", "kl/ref_per_response": "KL", "kl/coef": "beta",
+            "policy/entropy": "entropy", "rollout/response_length": "length",
+            "time/step_s": "s"},
+}
+
+
+def prepare(recipe: Recipe) -> None:
+    """Check all data and all resources that the recipe's stages ask for, before any of them runs.
+
+    Raises RecipeError with the file and line, or with the resource that the cluster lacks.
+    """
+    builtin.prepare(recipe)
+    session.connect(recipe)
+    for stage in recipe.stages:
+        session.require(recipe.resources.bundles(stage), wait_s=recipe.resources.wait_s,
+                        stage=stage)
+
+
+@contextmanager
+def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
+    """Yield whether `stage` has to run; show its progress, and record its lineage at the end.
+
+    A run with other inputs than those that the stage's folder was begun with is moved aside to
+    `<stage>.previous`; with the same inputs, the stage resumes from its newest checkpoint.
+    """
+    for before in lineage.UPSTREAM[stage]:
+        if before in recipe.stages and not (recipe.path / lineage.OUTPUTS[before]).exists():
+            raise RecipeError(f"{stage} reads {recipe.path / lineage.OUTPUTS[before]}, which is not "
+                              f"there yet: run `rayrlhf {before}` or `rayrlhf pipeline` first")
+    read = lineage.inputs(recipe, stage, stage_files(recipe, stage))
+    if lineage.is_current(recipe, stage, read):
+        console.say(f"{stage:>9} unchanged, nothing to do")
+        yield False
+        return
+    folder = recipe.path / Path(lineage.OUTPUTS[stage]).parts[0]
+    _begin(folder, read)
+    (recipe.path / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    started = time.monotonic()
+    progress = console.Progress(stage, _interval(recipe, stage), SHOWN[stage]) if stage in SHOWN \
+        else None
+    if progress is None:
+        yield True
+    else:
+        try:
+            with metrics.follow(folder, progress.show):
+                yield True
+        finally:
+            progress.close()
+    seconds = time.monotonic() - started
+    lineage.record(recipe, stage, read, seconds)
+    console.say(f"{stage:>9} done in {seconds:.0f} s: {recipe.path / lineage.OUTPUTS[stage]}")
+
+
+def stage_files(recipe: Recipe, stage: str) -> dict[str, Path]:
+    """Return the data files that the recipe's section of `stage` names, by key."""
+    named: dict[str, str | None] = {}
+    if stage == "corpus" and recipe.corpus is not None:
+        for source, cfg in recipe.corpus.sources.items():
+            named |= {f"{source}.train": cfg.path, f"{source}.validation": cfg.validation,
+                      f"{source}.test": cfg.test}
+    if stage == "sft" and recipe.sft is not None:
+        named = {"train": recipe.sft.train, "validation": recipe.sft.validation}
+    if stage == "reward" and recipe.reward is not None:
+        named = {"train": recipe.reward.train, "validation": recipe.reward.validation,
+                 "demonstrations": recipe.reward.demonstrations}
+    if stage == "ppo" and recipe.ppo is not None:
+        named = {"prompts": recipe.ppo.prompts}
+    if stage == "evaluate" and recipe.evaluate is not None:
+        named = {"prompts": recipe.evaluate.prompts, "comparisons": recipe.evaluate.comparisons}
+    if stage in (*TRAINED_STAGES, "ppo"):
+        named["init"] = recipe.model.path
+    files: dict[str, Path] = {}
+    for key, path in named.items():
+        if path is not None:
+            found = sorted(glob.glob(builtin.resolve(path))) if key != "init" \
+                else [builtin.resolve(path)]
+            files |= {f"{stage}.{key}.{i}": Path(name) for i, name in enumerate(found)
+                      if Path(name).exists()}
+    return files
+
+
+def _interval(recipe: Recipe, stage: str) -> int:
+    """Steps between two lines of `stage` where there is no terminal."""
+    if stage == "ppo":
+        return 5
+    section = {"pretrain": recipe.pretrain, "sft": recipe.sft, "reward": recipe.reward}[stage]
+    assert section is not None
+    return section.log_every
+
+
+def _begin(folder: Path, read: dict[str, str]) -> None:
+    """Keep the folder of the same work; move the folder of other work aside."""
+    mark = folder / "inputs.json"
+    if folder.exists() and lineage.read_json(mark) != read:
+        previous = folder.with_name(f"{folder.name}.previous")
+        if previous.exists():
+            previous = folder.with_name(f"{folder.name}.previous-{int(time.time())}")
+        folder.rename(previous)
+        console.say(f"{folder}: begun with other inputs, moved to {previous}")
+    lineage.write_json(mark, read)

@@ -1,0 +1,179 @@
+"""The commands of the README at toy size: the whole road, once, twice, and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rayrlhf.metrics import read_jsonl
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+STAGES = ("pretrain", "sft", "reward", "ppo")
+PPO_METRICS = (
+    "reward/score_mean reward/score_std kl/ref_per_response kl/coef kl/rollout_mismatch "
+    "policy/loss policy/clip_fraction policy/approx_kl policy/entropy value/loss "
+    "value/clip_fraction value/explained_variance rollout/response_length "
+    "rollout/truncated_fraction rollout/tokens_per_s time/rollout_s time/evaluate_s "
+    "time/update_s time/sync_s time/step_s weights/version"
+).split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the whole toy pipeline; return its recipe and what it printed."""
+    recipe = toy.write_recipe(tmp_path_factory.mktemp("toy"))
+    done = toy.run("pipeline", recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return recipe, done.stdout
+
+
+def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
+    """Return the metrics that a rerun must repeat: all but the clock's."""
+    return [
+        {key: value for key, value in record.items()
+         if not key.startswith(("time", "perf/")) and not key.endswith("tokens_per_s")}
+        for record in read_jsonl(run / stage / "metrics.jsonl")
+    ]
+
+
+def test_the_run_directory_is_as_designed(finished: tuple[Path, str]) -> None:
+    run = finished[0].parent / "run"
+    for name in ("recipe.yaml", "lineage.json", "report.html", "corpus/manifest.json",
+                 "tokenizer/tokenizer.json", "evaluation/results.json"):
+        assert (run / name).is_file(), name
+    assert list((run / "corpus").glob("*.arrow"))
+    assert list((run / "evaluation").glob("*.png"))
+    for stage in STAGES:
+        records = read_jsonl(run / stage / "metrics.jsonl")
+        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+        assert [list(r)[:2] for r in records] == [["step", "time"]] * len(records)
+        assert list((run / stage / "checkpoints").glob("step-*/training_state"))
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert list(lineage) == ["corpus", *STAGES, "evaluate"]
+
+
+def test_every_final_model_loads_in_plain_transformers(finished: tuple[Path, str]) -> None:
+    run = finished[0].parent / "run"
+    for stage in ("pretrain", "sft", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(run / stage / "final")
+        tokenizer = AutoTokenizer.from_pretrained(run / stage / "final")
+        assert len(tokenizer) <= model.config.vocab_size
+    reward = AutoModelForSequenceClassification.from_pretrained(run / "reward" / "final")
+    assert reward.config.num_labels == 1
+    checkpoint = sorted((run / "ppo" / "checkpoints").glob("step-*"))[-1]
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not [p for p in run.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_ppo_logs_what_the_design_says(finished: tuple[Path, str]) -> None:
+    for record in read_jsonl(finished[0].parent / "run" / "ppo" / "metrics.jsonl"):
+        assert set(PPO_METRICS) <= set(record)
+        assert record["kl/rollout_mismatch"] < 1e-3
+        assert record["weights/version"] == record["step"]
+
+
+def test_the_terminal_has_useful_lines_only(finished: tuple[Path, str]) -> None:
+    said = finished[1]
+    for stage in STAGES:
+        assert f"{stage:>9} step" in said
+    assert "sample:" in said
+    assert "report.html" in said
+    for noise in ("WARNING", "Warning", "INFO", "Traceback", "(RayTrainWorker", "vllm"):
+        assert noise not in said
+
+
+def test_a_second_run_does_nothing(finished: tuple[Path, str]) -> None:
+    start = time.monotonic()
+    done = toy.run("pipeline", finished[0])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged, nothing to do") == 6
+    assert time.monotonic() - start < 30
+
+
+def run_and_kill(recipe: Path, stage: str, step: int) -> None:
+    """Start the pipeline, and kill its whole process group once `stage` has passed `step`."""
+    log = (recipe.parent / "killed.log").open("a")
+    process = subprocess.Popen(toy.command("pipeline", recipe), env=toy.environment(),
+                               stdout=log, stderr=log, start_new_session=True)
+    path = recipe.parent / "run" / stage / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while len(read_jsonl(path)) < step:
+        assert process.poll() is None, f"ended before {stage} step {step}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    log.close()
+
+
+def test_killed_at_any_time_it_resumes_to_the_same_numbers(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    recipe = toy.write_recipe(tmp_path)
+    for stage, step in (("pretrain", 13), ("reward", 8), ("ppo", 3)):
+        run_and_kill(recipe, stage, step)
+    done = toy.run("pipeline", recipe)
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        assert metrics(tmp_path / "run", stage) == metrics(finished[0].parent / "run", stage), stage
+
+
+def test_ray_job_submit(tmp_path: Path) -> None:
+    """A local cluster, started as on a real one; the job's toy recipe ends in `sft`."""
+    recipe = toy.write_recipe(tmp_path, reward=None, ppo=None, evaluate=None)
+    temp = Path("/tmp") / f"ray-{os.getpid()}"
+    port, dashboard = 6399, 8399
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    env.pop("RAY_ADDRESS")
+    bin_dir = Path(toy.command()[0]).parent
+    head = subprocess.Popen(
+        [bin_dir / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
+         f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--disable-usage-stats"],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        submit = [bin_dir / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}",
+                  "--working-dir", str(Path(__file__).parents[1]), "--",
+                  toy.command()[0], "jobs/pipeline.py", recipe]
+        deadline = time.monotonic() + 120
+        while True:
+            done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=600,
+                                  check=False)
+            if "Failed to connect" not in done.stdout + done.stderr:
+                break
+            assert time.monotonic() < deadline, done.stderr
+            time.sleep(2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").is_file()
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"resources": {"num_workers": 64}}, ["64 CPU asked for", "resources"]),
+        ({"resources": {"gpus_per_worker": 1}}, ["1 GPU asked for, 0 registered"]),
+        ({"sft": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl", "no such file"]),
+    ],
+)
+def test_bad_input_exits_2_before_any_actor_starts(
+    tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
+    done = toy.run("pipeline", toy.write_recipe(tmp_path, **changes))
+    assert done.returncode == 2, done.stderr
+    for text in says:
+        assert text in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert not (tmp_path / "run" / "corpus").exists()

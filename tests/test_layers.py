@@ -1,0 +1,109 @@
+"""Imports go one way, as in the table of the layers."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rayrlhf"
+ORDER = (
+    ("config", "metrics", "console", "lineage", "algorithms"),
+    ("session",),
+    ("data", "models", "generation"),
+    ("training", "evaluation"),
+    ("rl",),
+    ("serving",),
+    ("pipeline", "cli"),
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+NEVER = {
+    "config": {"torch", "ray"},
+    "metrics": {"torch", "ray"},
+    "console": {"torch", "ray"},
+    "lineage": {"torch", "ray"},
+    "algorithms": {"ray", "transformers"},
+    "data": {"rayrlhf.models", "rayrlhf.training", "rayrlhf.rl", "vllm"},
+    "models": {"ray", "rayrlhf.data", "rayrlhf.training", "deepspeed", "vllm"},
+    "generation": {"ray", "rayrlhf.data", "rayrlhf.training", "deepspeed"},
+    "training": {"rayrlhf.rl", "rayrlhf.serving", "rayrlhf.generation", "vllm"},
+    "evaluation": {"ray", "rayrlhf.training.loop", "rayrlhf.rl"},
+    "rl": {"vllm", "ray.serve", "rayrlhf.cli"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Names of all modules that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def starts(module: str, name: str) -> bool:
+    return module == name or module.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file: Path) -> None:
+    layer = package_of(file)
+    if layer == "__init__":
+        return
+    for module in imports(file):
+        assert not any(starts(module, name) for name in NEVER.get(layer, ())), (
+            f"{layer} never imports {module}"
+        )
+        if module.startswith("rayrlhf."):
+            other = module.split(".")[1]
+            assert LEVEL[other] <= LEVEL[layer], f"{layer} comes before {other}"
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [("vllm", {"generation.py"}), ("deepspeed", {"training/backend.py"})],
+)
+def test_a_library_has_one_home(library: str, homes: set[str]) -> None:
+    users = {
+        str(file.relative_to(PACKAGE))
+        for file in FILES
+        if any(starts(module, library) for module in imports(file))
+    }
+    assert users == homes
+
+
+def test_ray_remote_stands_once() -> None:
+    users = [
+        str(file.relative_to(PACKAGE))
+        for file in FILES
+        if "ray.remote" in file.read_text(encoding="utf-8").replace("`ray.remote", "")
+    ]
+    assert users == ["rl/placement.py"]
+
+
+def test_help_is_fast_and_light() -> None:
+    code = (
+        "import sys; from rayrlhf.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        said = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+        assert said.stdout.rstrip().endswith("[]")
+        assert "pipeline" in said.stdout
+    assert min(seconds) < 1.0

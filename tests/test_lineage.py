@@ -1,0 +1,102 @@
+"""Which stages need to run again, and which do not."""
+
+from pathlib import Path
+from typing import Any
+
+from rayrlhf import config, lineage, pipeline
+from rayrlhf.config import Recipe
+
+
+def toy(folder: Path, **changes: Any) -> Recipe:
+    (folder / "movies.jsonl").write_text('{"text": "A film."}\n')
+    (folder / "demos.jsonl").write_text('{"prompt": "A", "response": " film."}\n')
+    return config.parse({
+        "name": "toy", "run_dir": str(folder / "run"),
+        "corpus": {"sources": {"movies": {"path": str(folder / "*.jsonl")}}},
+        "pretrain": {}, "sft": {"train": str(folder / "demos.jsonl")}, **changes,
+    })
+
+
+def finish(recipe: Recipe, stage: str, text: str = "x") -> bool:
+    """Run `stage` as a stand-in that writes one file; return whether it had to run."""
+    with pipeline.tracked(recipe, stage) as needed:
+        if needed:
+            output = recipe.path / lineage.OUTPUTS[stage]
+            if output.suffix:
+                output.write_text(text)
+            else:
+                output.mkdir(parents=True, exist_ok=True)
+                (output / "config.json").write_text(text)
+    return needed
+
+
+def test_an_unchanged_stage_is_skipped(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    assert finish(recipe, "corpus")
+    assert finish(recipe, "pretrain")
+    assert not finish(recipe, "corpus")
+    assert not finish(recipe, "pretrain")
+    entry = lineage.load(recipe)["corpus"]
+    assert set(entry) == {"inputs", "outputs", "versions", "commit", "seconds", "finished"}
+    assert "torch" in entry["versions"]
+
+
+def test_a_changed_section_runs_its_stage_and_keeps_the_old_folder(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(recipe, "corpus")
+    finish(recipe, "pretrain")
+    changed = toy(tmp_path, pretrain={"epochs": 2})
+    assert not finish(changed, "corpus")
+    assert finish(changed, "pretrain", "y")
+    assert (recipe.path / "pretrain.previous" / "final" / "config.json").read_text() == "x"
+    assert finish(toy(tmp_path, pretrain={"epochs": 3}), "pretrain")
+    assert len(list(recipe.path.glob("pretrain.previous*"))) == 2
+
+
+def test_changed_data_runs_the_stage_and_those_after_it(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(recipe, "corpus")
+    finish(recipe, "pretrain")
+    (tmp_path / "more.jsonl").write_text('{"text": "Another."}\n')
+    assert finish(recipe, "corpus", "changed")
+    assert finish(recipe, "pretrain")
+
+
+def test_a_damaged_output_is_not_current(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(recipe, "corpus")
+    (recipe.path / "corpus" / "manifest.json").write_text("damaged")
+    assert finish(recipe, "corpus")
+
+
+def test_workers_are_not_an_input(tmp_path: Path) -> None:
+    finish(toy(tmp_path), "corpus")
+    assert not finish(toy(tmp_path, resources={"num_workers": 2}), "corpus")
+
+
+def test_a_failed_stage_leaves_no_entry_and_resumes_in_place(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(recipe, "corpus")
+    try:
+        with pipeline.tracked(recipe, "pretrain"):
+            (recipe.path / "pretrain" / "checkpoints").mkdir()
+            raise RuntimeError("killed")
+    except RuntimeError:
+        assert "pretrain" not in lineage.load(recipe)
+    with pipeline.tracked(recipe, "pretrain") as needed:
+        assert needed
+        assert (recipe.path / "pretrain" / "checkpoints").is_dir()
+        (recipe.path / "pretrain" / "final").mkdir()
+
+
+def test_start_models_follow_the_road(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    run = recipe.path
+    assert lineage.start_model(recipe, "sft") == str(run / "pretrain/final")
+    assert lineage.start_model(recipe, "reward") == str(run / "sft/final")
+    assert lineage.start_model(recipe, "ppo") == str(run / "sft/final")
+    assert lineage.start_model(recipe, "ppo.critic") == str(run / "reward/final")
+    short = toy(tmp_path, pretrain=None, corpus=None, model={"path": "builtin:m"})
+    assert lineage.start_model(short, "sft") == "builtin:m"
+    other = toy(tmp_path, sft={"train": "x", "init": "elsewhere"})
+    assert lineage.start_model(other, "sft") == "elsewhere"
