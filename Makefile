@@ -11,7 +11,7 @@ UV ?= uv
 
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-deps
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-deps --no-compile
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -45,7 +45,8 @@ format: $(VENV)/installed ## let ruff rewrite what `lint` complains about
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# The time stamps of a fresh checkout say nothing, so the content of the lock decides.
+# The time stamps of a fresh checkout say nothing, so the content of the lock decides. compileall uses
+# every core, which pip does not; it may fail on a file that is meant for a newer Python.
 $(VENV)/lock.txt: requirements/cpu.txt
 	@if ! cmp -s $< $@; then \
 		$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("make: Python %d.%d is too old: set PYTHON= to 3.11 or later" % v[:2])'; \
@@ -56,7 +57,8 @@ $(VENV)/lock.txt: requirements/cpu.txt
 		setuptools=$$(sed -n 's/^\(setuptools==[^ ]*\).*/\1/p' $<); \
 		$(call quietly,$(PIP) $$setuptools); \
 		$(call quietly,$(PIP) $$torch || $(PIP) --index-url $(TORCH_INDEX) $$torch); \
-		$(call quietly,$(PIP) --no-build-isolation --use-pep517 --no-compile -r $<); \
+		$(call quietly,$(PIP) --no-build-isolation --use-pep517 -r $<); \
+		$(call quietly,$(BIN)/python -m compileall -q -j 0 $(VENV)/lib || true); \
 	fi
 	@cp $< $@
 

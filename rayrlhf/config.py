@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
 TRAINED_STAGES = ("pretrain", "sft", "reward")
+# Attention of vLLM 0.32 on CPU has kernels for these sizes of a head only; GPUs have them all.
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 STAGES = ("corpus", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -112,8 +114,8 @@ class ModelConfig(Section):
     """Folder, hub name or `builtin:` name of an existing model; None starts from scratch."""
     hidden_size: Positive = 192
     num_layers: Positive = 4
-    num_heads: Positive = 4
-    num_kv_heads: Positive = 4
+    num_heads: Positive = 6
+    num_kv_heads: Positive = 6
     intermediate_size: Positive = 512
     max_length: Positive = 128
     """Longest sequence in tokens, prompt and response together."""
@@ -358,8 +360,9 @@ class EvaluateConfig(Section):
     num_prompts: Positive = 200
     max_response_tokens: Positive = 32
     temperature: PositiveFloat = 1.0
-    batch_size: Positive = 64
-    """Sequences of model.max_length that one forward pass holds; bounds memory, not the result."""
+    batch_size: Positive = 16
+    """Sequences of model.max_length that one forward pass holds; bounds memory, not the result.
+    More is no faster on a CPU."""
     memory_gib: PositiveFloat = 0.5
     """KV cache of the engine that answers the prompts, GiB."""
     num_samples: Positive = 12
@@ -446,6 +449,13 @@ class Recipe(Section):
                     f"resources.{role}.num_workers={ranks}: change ppo.batch_size or "
                     "ppo.num_minibatches"
                 )
+        head_size = self.model.hidden_size // self.model.num_heads
+        if self.model.path is None and head_size not in HEAD_SIZES:
+            raise ValueError(
+                f"model.hidden_size / model.num_heads = {head_size} is a head size that vLLM "
+                f"cannot roll out on CPU: change one of the two to get one of "
+                f"{', '.join(map(str, HEAD_SIZES))}"
+            )
         if self.model.path is None and ppo.max_response_tokens >= self.model.max_length:
             raise ValueError(
                 f"ppo.max_response_tokens={ppo.max_response_tokens} leaves no room for a prompt "

@@ -61,9 +61,9 @@ class Engine:
         if eos_token_id is None:
             self.eos_token_id = AutoTokenizer.from_pretrained(model_path).eos_token_id
         self.weight_version = 0
-        self._shapes = _parameter_shapes(model_path)
+        self._shapes, self._tied = _parameters(model_path)
         self._llm = LLM(
-            model=model_path, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_length,  # type: ignore[arg-type]
+            model=model_path, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_length,
             seed=seed, enforce_eager=not on_gpu, tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
             kv_cache_memory_bytes=int(memory_gib * 2**30), generation_config="vllm",
@@ -92,8 +92,8 @@ class Engine:
 
     def _completion(self, output: Any) -> Completion:
         if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}, not with stop "
-                               "or length: see the log of the rollout worker")
+            raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}, not with "
+                               "stop or length: see the log of the rollout worker")
         token_ids = list(output.token_ids)
         log_probs = [float(entry[token].logprob)
                      for entry, token in zip(output.logprobs, token_ids, strict=True)]
@@ -116,6 +116,8 @@ class Engine:
                 raise ValueError(f"weights of version {version}: {name} has the shape "
                                  f"{tuple(tensors[name].shape)}, not {tuple(shape)}")
         ordered = [(name, tensors[name]) for name in self._shapes]
+        # On CPU a tied head is a repacked copy of the embedding, and stays old unless it is sent.
+        ordered += [(name, tensors[source]) for name, source in self._tied.items()]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ordered})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
@@ -132,8 +134,10 @@ def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _parameter_shapes(model_path: str) -> dict[str, torch.Size]:
-    """Return name -> shape of the model's parameters; a tied head counts once."""
+def _parameters(model_path: str) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Return ({parameter: shape}, {tied name: the parameter that it shares})."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return shapes, {name: source for name, source in model.all_tied_weights_keys.items()
+                    if source in shapes}

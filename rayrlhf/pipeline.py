@@ -51,7 +51,7 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
         yield False
         return
     folder = recipe.path / Path(lineage.OUTPUTS[stage]).parts[0]
-    _begin(folder, read)
+    _begin(recipe, stage, folder, read)
     (recipe.path / "recipe.yaml").write_text(
         yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     started = time.monotonic()
@@ -107,13 +107,15 @@ def _interval(recipe: Recipe, stage: str) -> int:
     return section.log_every
 
 
-def _begin(folder: Path, read: dict[str, str]) -> None:
+def _begin(recipe: Recipe, stage: str, folder: Path, read: dict[str, str]) -> None:
     """Keep the folder of the same work; move the folder of other work aside."""
-    mark = folder / "inputs.json"
-    if folder.exists() and lineage.read_json(mark) != read:
+    path = recipe.path / "begun.json"
+    begun = lineage.read_json(path)
+    if folder.exists() and begun.get(stage) != read:
         previous = folder.with_name(f"{folder.name}.previous")
         if previous.exists():
             previous = folder.with_name(f"{folder.name}.previous-{int(time.time())}")
         folder.rename(previous)
         console.say(f"{folder}: begun with other inputs, moved to {previous}")
-    lineage.write_json(mark, read)
+    folder.mkdir(parents=True, exist_ok=True)
+    lineage.write_json(path, {**begun, stage: read})

@@ -56,8 +56,8 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "name": "toy",
         "run_dir": str(folder / "run"),
         "tokenizer": {"vocab_size": 320},
-        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-                  "intermediate_size": 64, "max_length": 48},
+        "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+                  "intermediate_size": 128, "max_length": 48},
         "resources": {"cpus_per_worker": 0.5},
         "corpus": {"row_length": 48, "sources": {"toy": {
             "path": str(folder / "corpus.train.jsonl"),

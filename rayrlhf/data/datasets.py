@@ -70,8 +70,10 @@ def encode_demonstrations(
             prompt = encode_text(tokenizer, record["prompt"])
             response = encode_text(tokenizer, record["response"])
             ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
-        # A chat template may end the last answer itself, and add text of its own after it.
-        if not any(token == eos and m for token, m in zip(ids[-3:], mask[-3:], strict=True)):
+        # What a chat template adds after the last answer is never generated.
+        while mask and not mask[-1]:
+            ids, mask = ids[:-1], mask[:-1]
+        if ids[-1] != eos:
             ids, mask = [*ids, eos], [*mask, 1]
         if len(ids) <= max_length:
             examples.append(Example(ids, mask, index))
@@ -200,7 +202,7 @@ class PackedRows:
     def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the rows at `indices`: (n, T) int64."""
         wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")
         out = np.empty((len(wanted), self.row_length), dtype=np.int64)              # (n, T)
         places = np.searchsorted(self._ends, wanted, side="right")

@@ -16,6 +16,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Snippet:
     ratings: tuple[int, ...]
     """Single ratings, -4 (most negative) to 4."""
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """Mean of the single ratings; rounded, so that equal means are equal numbers."""
         return round(sum(self.ratings) / len(self.ratings), 6)
@@ -137,18 +138,19 @@ def similar_pairs(sets: Sequence[frozenset[str]], threshold: float) -> Iterator[
     Source: prefix filtering, Bayardo et al., "Scaling up all pairs similarity search", WWW 2007.
     """
     frequency = Counter(element for elements in sets for element in elements)
+    sizes = [len(elements) for elements in sets]
     index: dict[str, list[int]] = defaultdict(list)
-    for i in sorted(range(len(sets)), key=lambda i: len(sets[i])):
+    for i in sorted(range(len(sets)), key=lambda i: sizes[i]):
         rare_first = sorted(sets[i], key=lambda element: (frequency[element], element))
-        size = len(rare_first)
+        size = sizes[i]
         seen: set[int] = set()
         for element in rare_first[: size - math.ceil(threshold * size - 1e-9) + 1]:
             for j in index[element]:
-                if j in seen:
+                if j in seen or sizes[j] < threshold * size - 1e-9:
                     continue
                 seen.add(j)
                 shared = len(sets[i] & sets[j])
-                if shared >= threshold * (size + len(sets[j]) - shared) - 1e-9:
+                if shared >= threshold * (size + sizes[j] - shared) - 1e-9:
                     yield j, i
             index[element].append(i)
 
@@ -230,7 +232,8 @@ def _source_snippets(tar: tarfile.TarFile, source: str, stem: str) -> Iterator[S
     for number, _mean, _deviation, single in _table(tar, f"{stem}_anonDataRatings.txt"):
         ratings[number] = tuple(int(rating) for rating in json.loads(single))
     for number, _mean, text in _table(tar, f"{stem}_GroundTruth.txt"):
-        clean = " ".join(html.unescape(text).split())
+        # Some entities were escaped twice.
+        clean = " ".join(html.unescape(html.unescape(text)).split())
         document, _, _sentence = number.partition("_")
         yield Snippet(f"{source}-{number}", source, f"{source}-{document}", clean, ratings[number])
 

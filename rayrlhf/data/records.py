@@ -73,10 +73,22 @@ def parse_line(line: bytes, where: str) -> Record:
     except json.JSONDecodeError as error:
         raise RecipeError(f"{where}: broken JSON at column {error.colno} ({error.msg}): every line "
                           "must be one complete JSON object") from None
+    if b"\\ud" in line.lower():
+        _no_half_characters(where, record)
     if not isinstance(record, dict):
         raise RecipeError(f"{where}: {type(record).__name__} instead of a JSON object: every line "
                           "must be one record such as {\"text\": \"...\"}")
     return record
+
+
+def _no_half_characters(where: str, record: Any) -> None:
+    """Refuse an escape such as \\ud83d without its second half, which no tokenizer can take."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RecipeError(f"{where}: {half} is half of a character (a surrogate without its "
+                          "partner): write the whole character or remove it") from None
 
 
 def _raw_records(file: Path) -> Iterator[tuple[str, Record]]:
@@ -102,10 +114,18 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Record]]:
     row = 0
     with table:
         for batch in table.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+            for record in _rows_of(batch, f"{file}:{row + 1}"):
                 row += 1
                 # Parquet fills absent fields with null, which JSON lines simply leave out.
                 yield f"{file}:{row}", {k: v for k, v in record.items() if v is not None}
+
+
+def _rows_of(batch: pa.RecordBatch, where: str) -> list[Record]:
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        raise RecipeError(f"{where}: invalid UTF-8 in this row or one of the next "
+                          f"{batch.num_rows}: write the file with UTF-8 strings") from None
 
 
 def _check_document(where: str, record: Record) -> Record:

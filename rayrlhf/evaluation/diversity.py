@@ -62,12 +62,15 @@ def token_statistics(model: CausalLMModel, prompts: Sequence[list[int]],
     device = next(model.parameters()).device
     for indices in microbatches(lengths, tokens_per_batch):
         input_ids, attention_mask = pad([sequences[i] for i in indices], 0)
-        found, entropy = model(input_ids.to(device), attention_mask.to(device),
-                               temperature=temperature, with_entropy=True)   # (b, S) both
+        generated = torch.zeros_like(attention_mask, dtype=torch.bool)          # (b, S)
         for row, i in enumerate(indices):
-            response = slice(len(prompts[i]), lengths[i])
-            log_probs[i] = float(found[row, response].double().sum())
-            entropies[i] = float(entropy[row, response].double().sum())
+            generated[row, len(prompts[i]):lengths[i]] = True
+        found, entropy = model(input_ids.to(device), attention_mask.to(device),
+                               positions=generated.to(device), temperature=temperature,
+                               with_entropy=True)                               # (b, S) both
+        for i, log_prob, nats in zip(indices, found.double().sum(dim=1).tolist(),
+                                     entropy.double().sum(dim=1).tolist(), strict=True):
+            log_probs[i], entropies[i] = log_prob, nats
     return TokenStatistics(log_probs, entropies, [len(ids) for ids in responses])
 
 

@@ -13,7 +13,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf import console, lineage, metrics
@@ -49,7 +48,7 @@ from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
 from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
-from rayrlhf.models.causal_lm import CausalLMModel
+from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel
 
 Floats = npt.NDArray[np.float64]
@@ -132,48 +131,28 @@ def answer_prompts(models: Mapping[str, Path], prompts: Sequence[tuple[str, list
     seeds = [int(seed) for seed in rng.integers(0, 2**31, size=len(prompts))]
     answers: Answers = {}
     engine: Engine | None = None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for version, (model, folder) in enumerate(models.items()):
-        if engine is None or _shapes(folder) != shapes:
+    shapes: dict[str, torch.Size] = {}
+    for version, (name, folder) in enumerate(models.items()):
+        weights = dict(named_weights(CausalLMModel.from_pretrained(folder)))
+        found = {key: tensor.shape for key, tensor in weights.items()}
+        if engine is not None and found == shapes:
+            engine.load_weights(weights.items(), version)
+        else:
             engine = None
-            gc.collect()
-            engine = Engine(str(folder), max_length=recipe.model.max_length, dtype="float32",
+            gc.collect()            # the engine before must leave its memory first
+            engine = Engine(str(folder), max_length=recipe.model.max_length,
                             memory_gib=cfg.memory_gib, seed=recipe.seed,
                             num_threads=recipe.resources.rollout.num_threads,
                             eos_token_id=tokenizer.eos_token_id)
-            shapes = _shapes(folder)
-        else:
-            engine.load_weights(_weights(folder), version)
+            shapes = found
         completions = engine.generate([ids for _, ids in prompts], seeds=seeds,
                                       max_tokens=cfg.max_response_tokens,
                                       temperature=cfg.temperature)
-        answers[model] = [
-            Answer(text, tokenizer.decode(found.token_ids, skip_special_tokens=True), ids,
-                   found.token_ids, found.finish_reason == "stop")
-            for (text, ids), found in zip(prompts, completions, strict=True)]
+        answers[name] = [
+            Answer(text, tokenizer.decode(done.token_ids, skip_special_tokens=True), ids,
+                   done.token_ids, done.log_probs, done.finish_reason == "stop")
+            for (text, ids), done in zip(prompts, completions, strict=True)]
     return answers
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of a Hugging Face folder one by one."""
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, stored.get_tensor(name)
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight: one engine serves all models of the same shapes."""
-    shapes = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape())
-                       for name in stored.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    return shapes
 
 
 def _judges(recipe: Recipe, tokenizer: PreTrainedTokenizerFast,
@@ -223,7 +202,11 @@ def _bounds(interval: Interval) -> list[float]:
 def compare_models(models: Mapping[str, Path], answers: Answers,
                    rows: Mapping[str, list[list[int]]], *, reference: str, temperature: float,
                    tokens_per_batch: int) -> dict[str, Any]:
-    """Return what takes a forward pass: entropy, KL from the reference, held-out loss."""
+    """Return what takes a forward pass: entropy, KL from the reference, held-out loss.
+
+    `engine_mismatch` is how far the engine's log-probs are from those found here, in nats per
+    token: near 0 in float32 when both have the same weights.
+    """
 
     def statistics(model: CausalLMModel, given: Sequence[Answer]) -> TokenStatistics:
         return token_statistics(model, [a.prompt_ids for a in given],
@@ -246,7 +229,16 @@ def compare_models(models: Mapping[str, Path], answers: Answers,
         "kl_ref_per_response": {name: kl_per_response(found, by_reference[name])
                                 for name, found in own.items()},
         "held_out_loss": losses,
+        "engine_mismatch": {name: _mismatch(answers[name], found) for name, found in own.items()},
     }
+
+
+def _mismatch(given: Sequence[Answer], found: TokenStatistics) -> float:
+    """Return the mean over responses of |engine's - model's log-prob| per token, nats."""
+    gaps = [abs(sum(answer.log_probs) - log_prob) / max(1, length)
+            for answer, log_prob, length in zip(given, found.log_probs, found.lengths,
+                                                strict=True)]
+    return sum(gaps) / max(1, len(gaps))
 
 
 def compare_with_people(texts: Mapping[str, RatedTexts], judges: Sequence[Judge],
@@ -308,8 +300,9 @@ def _write(recipe: Recipe, results: dict[str, Any], seconds: float) -> Path:
     done = lineage.load(recipe)
     results["seconds"] = {stage: float(done[stage]["seconds"]) for stage in recipe.stages
                           if stage in done and stage != "evaluate"} | {"evaluate": seconds}
-    curves = {stage: metrics.read_jsonl(recipe.path / stage / "metrics.jsonl")
-              for stage in ("pretrain", "sft", "reward", "ppo") if stage in recipe.stages}
+    curves: dict[str, plots.Records] = {
+        stage: metrics.read_jsonl(recipe.path / stage / "metrics.jsonl")
+        for stage in ("pretrain", "sft", "reward", "ppo") if stage in recipe.stages}
     drawn = plots.figures(results, curves)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in drawn:

@@ -29,6 +29,8 @@ class Answer:
     prompt_ids: list[int]
     response_ids: list[int]
     """With the end-of-text id where the model ended the response itself."""
+    log_probs: list[float]
+    """Nats, one per response token, as the engine sampled it."""
     ended: bool
     """Whether it ended by itself, rather than at the limit of tokens."""
 

@@ -23,7 +23,7 @@ Records = Sequence[Mapping[str, Any]]
 Draw = Callable[["Theme", Canvas], None]
 Floats = npt.NDArray[np.float64]
 
-_DPI = 200
+_DPI = 160
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,15 @@ def _render(name: str, title: str, caption: str, draw: Draw,
             size: tuple[float, float] = (4.8, 3.0)) -> Figure:
     pngs = {}
     for key, theme in THEMES.items():
-        style = {"figure.facecolor": theme.ground, "axes.facecolor": theme.ground,
-                 "savefig.facecolor": theme.ground, "text.color": theme.text,
-                 "axes.labelcolor": theme.muted, "xtick.color": theme.muted,
-                 "ytick.color": theme.muted, "axes.edgecolor": theme.grid,
-                 "grid.color": theme.grid, "axes.grid": True, "axes.axisbelow": True,
-                 "axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
-                 "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
-                 "legend.fontsize": 9, "xtick.major.size": 0, "ytick.major.size": 0}
+        style: dict[Any, Any] = {
+            "figure.facecolor": theme.ground, "axes.facecolor": theme.ground,
+            "savefig.facecolor": theme.ground, "text.color": theme.text,
+            "axes.labelcolor": theme.muted, "axes.edgecolor": theme.grid,
+            "xtick.color": theme.muted, "ytick.color": theme.muted, "grid.color": theme.grid,
+            "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+            "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+            "font.size": 10, "legend.frameon": False, "legend.fontsize": 9,
+            "xtick.major.size": 0, "ytick.major.size": 0, "figure.dpi": _DPI}
         with matplotlib.rc_context(style):
             canvas = Canvas(figsize=size, layout="constrained")
             draw(theme, canvas)
@@ -96,11 +97,11 @@ def _series(records: Records, key: str) -> tuple[Floats, Floats]:
 
 
 def _smooth(values: Floats) -> Floats:
-    """Return the running mean over a fifteenth of the values, as far back as there are any."""
-    window = max(1, len(values) // 15)
+    """Return the mean over a window of a fifteenth of the values around each of them."""
+    half = max(0, len(values) // 30)
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
+    at = np.arange(len(values))
+    starts, ends = np.maximum(0, at - half), np.minimum(len(values), at + half + 1)
     means: Floats = (sums[ends] - sums[starts]) / (ends - starts)
     return means
 
@@ -171,7 +172,7 @@ def _reward_against_kl(records: Records) -> Figure | None:
         ax.plot(_smooth(kl), _smooth(scores), color=theme.muted, linewidth=1, alpha=0.6)
         dots = ax.scatter(kl, scores, c=steps, cmap=shades, s=18, linewidths=0)
         bar = canvas.colorbar(dots, ax=ax, pad=0.02, aspect=30)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("PPO step")
         ax.set_xlabel("KL from the reference, nats per response")
         ax.set_ylabel("mean reward score")
@@ -203,14 +204,16 @@ def _reward_model(results: Mapping[str, Any]) -> Figure | None:
         for k, (key, (colour, label)) in enumerate(keys.items()):
             x = np.arange(len(sources)) - 0.4 + width * (k + 0.5)
             shares = [100 * (table[s].get(key) or 0.0) for s in sources]
-            ax.bar(x, shares, width * 0.92, color=theme.colours[colour], label=label)
+            ax.bar(x, [share - 50 if share else 0 for share in shares], width * 0.92, bottom=50,
+                   color=theme.colours[colour], label=label)
             for at, share in zip(x, shares, strict=True):
                 if share:
-                    ax.text(at, share + 0.8, f"{share:.0f}", ha="center", fontsize=8,
+                    ax.text(at, max(share, 50) + 0.8, f"{share:.0f}", ha="center", fontsize=8,
                             color=theme.text)
         ax.axhline(50, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xticks(range(len(sources)), sources)
-        ax.set_ylim(40, 100)
+        ax.set_ylim(min(45.0, *(100 * (table[s].get(k) or 0.5) - 3 for s in sources for k in keys)),
+                    100)
         ax.set_ylabel("pairs in people's order, %")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.2)
         ax.grid(axis="x", visible=False)
@@ -278,8 +281,8 @@ def _entropy(results: Mapping[str, Any]) -> Figure | None:
     change = entropy[last] / entropy[first] - 1 if entropy[first] else 0.0
     word = "less" if change < 0 else "more"
     return _render("entropy", "How many ways to go on does a model see?",
-                   f"{model_word(last)} is as unsure of its next token as between {few:.0f} equally "
-                   f"likely ones, {MODELS[first]} as between {many:.0f}: "
+                   f"{model_word(last)} is as unsure of its next token as between {few:.0f} "
+                   f"equally likely ones, {MODELS[first]} as between {many:.0f}: "
                    f"{abs(100 * change):.0f}% {word} entropy. Low entropy means sure of itself, "
                    "and in the end repetitive.", draw,
                    (4.8, 0.9 + 0.42 * len(models)))
@@ -294,7 +297,7 @@ def _training(stage: str, records: Records) -> Figure | None:
     held_out = sorted({key for r in records for key in r if key.startswith("eval/loss")})
 
     def draw(theme: Theme, canvas: Canvas) -> None:
-        axes = np.atleast_1d(canvas.subplots(1, 2 if accuracy else 1))
+        axes = canvas.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
         axes[0].set_title("loss" if stage == "reward" else "loss, nats per token",
                           color=theme.text)
         _line(axes[0], theme, steps, losses, "sft", "training")
@@ -336,7 +339,7 @@ def _ppo(records: Records) -> Figure | None:
 
     def draw(theme: Theme, canvas: Canvas) -> None:
         rows = (len(found) + 1) // 2
-        axes = np.atleast_1d(canvas.subplots(rows, min(2, len(found)), sharex=True)).ravel()
+        axes = canvas.subplots(rows, min(2, len(found)), sharex=True, squeeze=False).ravel()
         for ax, (key, (steps, values)) in zip(axes, found.items(), strict=False):
             _line(ax, theme, steps, values, "ppo")
             ax.set_title(panels[key], color=theme.text, fontsize=9)

@@ -106,7 +106,8 @@ def _tiles(results: Results) -> str:
                                f"by {JUDGES[judge]}, {100 * low:.0f} to {100 * high:.0f}%",
                                main=judge == results["ratings_judge"]))
         kl = results["kl_ref_per_response"][trained]
-        tiles.append(_tile(f"{kl:.1f}", "KL, nats per response", f"{word} from {MODELS[reference]}"))
+        tiles.append(_tile(f"{kl:.1f}", "KL, nats per response",
+                           f"{word} from {MODELS[reference]}"))
         base = results["distinct_2"][reference]
         if base:
             share = results["distinct_2"][trained] / base

@@ -13,6 +13,7 @@ are collective, so a rank with less to do adds micro-batches whose mask is 0.
 
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -192,11 +193,11 @@ class Backend(ABC):
 
     @abstractmethod
     def _update(self) -> float:
-        """Clip, update and clear; return the gradient norm before clipping (Inf or NaN: skipped)."""
+        """Clip, update and clear; return the norm before clipping (Inf or NaN: skipped)."""
 
 
 class DDPBackend(Backend):
-    """The whole model and optimizer on every rank; gradients averaged by DistributedDataParallel."""
+    """The whole model and optimizer on every rank; DistributedDataParallel reduces gradients."""
 
     _layout = "backend=ddp"
 
@@ -228,7 +229,7 @@ class DDPBackend(Backend):
         # the module itself, as under no_sync(), because only here it is known which is the last.
         if is_last and self._wrapper is not None:
             self._wrapper.reducer.prepare_for_backward([])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def _update(self) -> float:
         norm = clip_gradients(self._trained.values(), self.cfg.grad_clip)
@@ -248,7 +249,7 @@ class DeepSpeedBackend(Backend):
 
     def __init__(self, module: nn.Module, cfg: TrainingConfig, total_steps: int,
                  device: torch.device) -> None:
-        _ensure_process_group(device)
+        _meet_deepspeed_needs(device)
         import deepspeed
 
         super().__init__(module.to(device), cfg, total_steps, device)
@@ -262,7 +263,7 @@ class DeepSpeedBackend(Backend):
             dist_init_required=False)
 
     @property
-    def _layout(self) -> str:  # type: ignore[override]
+    def _layout(self) -> str:
         if self.stage == 0:
             return "backend=deepspeed zero_stage=0"
         return (f"backend=deepspeed zero_stage={self.stage} precision={self.cfg.precision} "
@@ -392,9 +393,14 @@ def _deepspeed_config(cfg: TrainingConfig, *, bf16: bool, on_gpu: bool) -> dict[
     }
 
 
-def _ensure_process_group(device: torch.device) -> None:
-    """Give DeepSpeed the process group and the variable that it insists on."""
+def _meet_deepspeed_needs(device: torch.device) -> None:
+    """Give DeepSpeed the environment and the process group that it insists on."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # On CPU it compiles its shared-memory collectives, with the ninja that stands beside Python.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], beside])
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)

@@ -1,0 +1,262 @@
+"""Causal language models: build, load, save, and the log-probs of tokens.
+
+`CausalLMModel` is what a training backend wraps. Its forward returns log-probs, not logits, so
+that everything that touches parameters happens inside the wrapper (DDP averages gradients and
+ZeRO-3 gathers weights only there), and so that the output layer is computed only where a
+log-prob is wanted: PPO asks for response tokens alone, which saves most of the (b, S, V) logits.
+
+The reduction over V runs in float32 over cache-sized blocks, and its gradient overwrites the
+logits: of the (tokens, V) tensor there is one copy, where `log_softmax` has three. On a CPU core
+the reduction is then about twice as fast. The entropy is a metric, without gradient.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rayrlhf.config import ModelConfig, RecipeError
+from rayrlhf.models.folder import (
+    LOGIT_TRANSFORMS,
+    add_residual_dropout,
+    checkpoint_weights,
+    load_config,
+    load_weights,
+    run_trunk,
+    save_folder,
+)
+
+INIT_STD = 0.02
+"""Of every matrix (GPT-2)."""
+
+
+class CausalLMModel(nn.Module):
+    """A Hugging Face causal LM, `.hf`, that maps tokens to their log-probs."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        settings = hf.config.to_dict()
+        transforms = [name for name in LOGIT_TRANSFORMS if settings.get(name) not in (None, 1.0)]
+        if transforms:
+            raise RecipeError(
+                f"{type(hf).__name__} changes its logits by {transforms[0]}, which is not "
+                "supported: use a Llama, Qwen, Mistral or GPT-2 model"
+            )
+        self.hf = hf
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load an HF folder; see `load_causal_lm`."""
+        return cls(load_causal_lm(path, dropout=dropout, dtype=dtype))
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the HF model."""
+        return self.hf.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        positions: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Any:
+        """Return the log-probs, or with_entropy (log-probs, entropies); see `token_log_probs`."""
+        log_probs, entropies = _token_statistics(
+            self.hf, input_ids, attention_mask, positions, temperature, with_entropy
+        )
+        return (log_probs, entropies) if with_entropy else log_probs
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write an HF folder, without tokenizer, that transformers and vLLM load.
+
+        `state_dict` holds the full weights where training keeps them elsewhere, keyed like
+        `self.named_parameters()` (`hf.model...`) or like the HF model's; a tied head may be
+        there or not. Raises ValueError unless it is complete.
+        """
+        save_folder(self.hf, folder, state_dict)
+
+
+def build_causal_lm(
+    cfg: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int
+) -> LlamaForCausalLM:
+    """Build a Llama-like model in float32 with random weights, the same for a seed.
+
+    Matrices are normal(0, 0.02), those that write to the residual stream divided by sqrt(2 layers)
+    (GPT-2). The global random state stays as it was.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_kv_heads,
+        max_position_embeddings=cfg.max_length,
+        tie_word_embeddings=cfg.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    model.model.embed_tokens.padding_idx = None
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.ones_(parameter)
+        else:
+            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = residual_std if writes_residual else INIT_STD
+            nn.init.normal_(parameter, std=std, generator=generator)
+    return model.eval()
+
+
+def load_causal_lm(
+    path: str | Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load an HF causal LM in eval mode, on the CPU; every dropout is 0 but `dropout`.
+
+    `dropout` acts in train mode on what attention and MLP add to the residual stream
+    (InstructGPT section 3.5). Raises RecipeError for a path without a complete causal LM.
+    """
+    config = load_config(path, dropout=dropout)
+    model = load_weights(AutoModelForCausalLM, path, config, dtype=dtype)
+    add_residual_dropout(model, dropout)
+    return model
+
+
+def token_log_probs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    positions: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return log p(token t | tokens before t), nats, float32, under logits / temperature.
+
+    `input_ids` and `attention_mask` are (b, S): 0 on padding, at either end, 1 on tokens; numbers
+    1, 2, ... on the documents of a packed row keep these apart. `positions` says which tokens:
+
+    - None: all that have one before them in their run; result (b, S), 0 elsewhere (column 0 too);
+    - bool (b, S): those, of the above; result (b, S), 0 elsewhere;
+    - int64 (b, T): columns of tokens, from 1 on; result (b, T). Repeated ones cost nothing.
+    """
+    return _token_statistics(model, input_ids, attention_mask, positions, temperature, False)[0]
+
+
+def named_weights(
+    model: CausalLMModel, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (HF checkpoint name, tensor) for vLLM's weight loader; a tied head is left out.
+
+    `weights` are what a backend gathers, named like `model.named_parameters()`; None takes the
+    model's own tensors, detached, not copied.
+    """
+    return checkpoint_weights(model.hf, weights)
+
+
+def _token_statistics(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies (0 unless asked for), shaped as `positions` says."""
+    hidden = run_trunk(model, input_ids, attention_mask)  # (b, S, d)
+    places = _places(attention_mask, positions).flatten().nonzero().squeeze(1)  # (n,) in (b * S)
+    # index_select: its backward adds whole rows, a boolean index adds element by element.
+    states = hidden.flatten(0, 1).index_select(0, places - 1)  # (n, d) before each token
+    logits = model.get_output_embeddings()(states)  # (n, V)
+    tokens = input_ids.flatten()[places]
+    log_probs, entropies = _SelectLogProbs.apply(logits, tokens, temperature, with_entropy)
+
+    def spread(flat: Tensor) -> Tensor:
+        padded = flat.new_zeros(input_ids.numel()).index_copy(0, places, flat)
+        padded = padded.view_as(input_ids)  # (b, S)
+        if positions is None or positions.dtype == torch.bool:
+            return padded
+        return padded.gather(1, positions)  # (b, T)
+
+    return spread(log_probs), spread(entropies)
+
+
+def _places(attention_mask: Tensor, positions: Tensor | None) -> Tensor:
+    """Return a bool (b, S): tokens to compute, each with one of the same run before it."""
+    has_previous = torch.zeros_like(attention_mask, dtype=torch.bool)
+    has_previous[:, 1:] = (attention_mask[:, 1:] > 0) & (
+        attention_mask[:, 1:] == attention_mask[:, :-1]
+    )
+    if positions is None:
+        return has_previous
+    if positions.dtype == torch.bool:
+        return has_previous & positions
+    return has_previous & torch.zeros_like(has_previous).scatter(1, positions, True)
+
+
+class _SelectLogProbs(torch.autograd.Function):
+    """(n, V) logits and (n,) tokens -> (n,) log-probs and entropies, float32.
+
+    Backward overwrites the logits with their gradient; nobody else may hold them. A second
+    backward through the same graph is an error, since autograd sees that they changed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_norm = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)  # (n,)
+        entropies = torch.zeros_like(log_norm)
+        for rows in _blocks(logits):
+            scaled = logits[rows].float() / temperature
+            log_norm[rows] = torch.logsumexp(scaled, dim=1)
+            if with_entropy:  # H = log Z - E[logit]
+                probs = (scaled - log_norm[rows, None]).exp_()
+                entropies[rows] = log_norm[rows] - probs.mul_(scaled).sum(dim=1)
+        chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1).float() / temperature
+        ctx.save_for_backward(logits, tokens, log_norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return chosen - log_norm, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, tokens, log_norm = ctx.saved_tensors
+        grad = grad / ctx.temperature  # (n,)
+        for rows in _blocks(logits):
+            # d log p(token) / d logits = onehot(token) - p
+            probs = logits[rows].float().div(ctx.temperature).sub_(log_norm[rows, None]).exp_()
+            probs.mul_(-grad[rows, None])
+            probs.scatter_add_(1, tokens[rows, None], grad[rows, None])
+            logits[rows] = probs.to(logits.dtype)
+        return logits, None, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Yield slices of rows: 1 MiB of float32 on a CPU, for its cache; few launches on a GPU."""
+    elements = 2**18 if logits.device.type == "cpu" else 2**26
+    rows = max(1, elements // max(1, logits.shape[1]))
+    for start in range(0, logits.shape[0], rows):
+        yield slice(start, start + rows)

@@ -1,0 +1,174 @@
+"""The one training loop of pretraining, SFT and reward modelling, as Ray Train workers run it.
+
+A step is a pure function of (weights, optimizer, seed, step): the batch comes from (seed, step),
+dropout from (seed, step, rank). So a killed run that resumes from its newest checkpoint computes
+what an uninterrupted one does, bit by bit on CPU with as many workers.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device
+
+from rayrlhf import session
+from rayrlhf.config import Recipe, RecipeError
+from rayrlhf.data.datasets import batch_indices, shard
+from rayrlhf.metrics import MetricsLogger
+from rayrlhf.training import checkpoint
+from rayrlhf.training.backend import Backend, make_backend
+from rayrlhf.training.stage import Stage, add, padded
+
+
+def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
+    """Train a stage on Ray Train and return its `final` folder; resumes what was begun.
+
+    A stage whose `final` is there is left alone. Raises RecipeError before any actor starts when
+    the data, the start model or the cluster do not fit the recipe.
+    """
+    final = recipe.path / kind.name / "final"
+    if checkpoint.is_complete(final):
+        return final
+    kind(recipe)                                            # reads and checks all inputs
+    session.connect(recipe)
+    resources = recipe.resources
+    session.require(resources.bundles(kind.name), wait_s=resources.wait_s, stage=kind.name)
+
+    # How often the controller looks at the workers: a stage may be over in seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"recipe": recipe, "kind": kind, "directory": os.getcwd()},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker,
+                                  "GPU": resources.gpus_per_worker}),
+        run_config=RunConfig(
+            name="ray_train", storage_path=str(final.parent.resolve()),
+            failure_config=FailureConfig(max_failures=resources.max_restarts)),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+    assert checkpoint.is_complete(final), f"{final} was not written"
+    return final
+
+
+def run(stage: Stage, device: torch.device) -> None:
+    """Train `stage` from its newest checkpoint to its end; every rank calls it."""
+    cfg, total = stage.cfg, stage.total_steps
+    newest = checkpoint.newest_checkpoint(stage.folder)
+    start = checkpoint.step_of(newest) if newest is not None else 0
+    module = stage.build(newest)
+    module.train()
+    backend = make_backend(module, cfg, total_steps=total, device=device)
+    if newest is not None:
+        backend.load_state(newest / checkpoint.STATE_DIR)
+    log = MetricsLogger(stage.folder, start_step=start, num_steps=total,
+                        trackers=stage.recipe.tracking) \
+        if backend.rank == 0 else None
+
+    for step in range(start + 1, total + 1):
+        torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
+        metrics = train_step(stage, backend, step)
+        if step == total or _due(step, cfg.eval_every):
+            metrics |= stage.evaluate(backend)
+        samples = stage.samples(backend, step)
+        if log is not None:
+            log.log(step, metrics)
+            for sample in samples:
+                log.sample(step, sample)
+        if step < total and _due(step, cfg.save_every):
+            save(stage, backend, step)
+    stage.finish(backend)
+    save(stage, backend, None)
+    if log is not None:
+        log.close()
+
+
+def train_step(stage: Stage, backend: Backend, step: int) -> dict[str, float]:
+    """Do optimizer step `step` (from 1) on its batch, and return its metrics."""
+    started = time.perf_counter()
+    indices = batch_indices(seed=stage.recipe.seed, step=step - 1,
+                            batch_size=stage.cfg.batch_size, num_records=stage.num_records)
+    mine = shard(indices, backend.rank, backend.world_size, stage.costs(indices))
+    micros = stage.microbatches(mine)
+    count, num_tokens = backend.global_sums([sum(micro.count for micro in micros),
+                                             sum(micro.num_tokens for micro in micros)])
+    micros = padded(stage, backend, micros)
+    totals: dict[str, torch.Tensor] = {}
+    for index, micro in enumerate(micros):
+        loss_sum, sums = stage.loss(backend, micro.to(backend.device))
+        backend.backward(loss_sum, count, is_last=index == len(micros) - 1)
+        add(totals, sums)
+    update = backend.step()
+    values = backend.global_sums([float(total) for total in totals.values()])
+    step_s = time.perf_counter() - started
+    return {
+        **stage.metrics(dict(zip(totals, values, strict=True)), count),
+        **update,
+        "tokens": num_tokens,
+        "tokens_per_s": num_tokens / step_s,
+        "epoch": step * stage.cfg.batch_size / stage.num_records,
+        "time/step_s": step_s,
+    }
+
+
+def save(stage: Stage, backend: Backend, step: int | None) -> None:
+    """Write the checkpoint of `step`, or `final` for None; every rank calls it."""
+    if backend.rank == 0:
+        checkpoint.begin(stage.folder, step)
+    backend.barrier()
+    folder = checkpoint.writing_place(stage.folder, step)
+    # Gathering is collective; only one rank keeps what it is given.
+    weights = {}
+    for name, weight in backend.full_weights():
+        if backend.rank == 0:
+            weights[name] = weight
+    if backend.rank == 0:
+        stage.save(backend.module, folder, weights)
+        stage.tokenizer.save_pretrained(folder)
+        if step is not None:
+            (folder / checkpoint.STATE_DIR).mkdir()
+    backend.barrier()
+    if step is not None:
+        backend.save_state(folder / checkpoint.STATE_DIR)
+    if backend.rank == 0:
+        checkpoint.commit(folder, None if step is None else stage.cfg.keep_checkpoints)
+    backend.barrier()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Run in every Ray Train worker."""
+    # Paths of the recipe are relative to where the command was given.
+    os.chdir(config["directory"])
+    recipe: Recipe = config["recipe"]
+    torch.set_num_threads(recipe.resources.num_threads)
+    run(config["kind"](recipe), get_device())
+    # Once, at the end, on every rank: Ray Train waits for all of them.
+    ray.train.report({})
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """Return the RecipeError that stopped a worker, if it was one, else `error`."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if isinstance(failure, RecipeError):
+                return failure
+    return error

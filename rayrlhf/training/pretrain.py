@@ -1,0 +1,113 @@
+"""Pretraining: next-token prediction on rows of T tokens packed from the mixture of sources.
+
+As in GPT-3 a row runs over the ends of documents, with end-of-text between them. Every token but
+a row's first is predicted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayrlhf.config import PretrainConfig, Recipe
+from rayrlhf.data import builtin
+from rayrlhf.data.datasets import PackedRows, shard
+from rayrlhf.data.tokenizer import check_vocabulary, encode_text
+from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
+from rayrlhf.models.folder import add_residual_dropout, load_config
+from rayrlhf.training.backend import Backend
+from rayrlhf.training.language_model import LanguageModelStage, TextBatch, continuations
+from rayrlhf.training.loop import train_stage
+
+SAMPLE_TOKENS = 24
+
+
+def pretrain(recipe: Recipe) -> Path:
+    """Train the base model on the packed corpus; return its folder.
+
+    Raises RecipeError when the corpus is missing or the tokenizer does not fit the model.
+    """
+    return train_stage(recipe, PretrainStage)
+
+
+class PretrainStage(LanguageModelStage):
+    """Rows of the corpus, each one sequence."""
+
+    name = "pretrain"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.rows = PackedRows(recipe.path / "corpus", "train")
+        assert recipe.corpus is not None
+        self.held_out = {name: PackedRows(recipe.path / "corpus", f"validation-{name}")
+                         for name, source in recipe.corpus.sources.items() if source.validation}
+        self.start = self.cfg.init or recipe.model.path
+        if self.start is not None:
+            self.start = builtin.resolve(self.start)
+            check_vocabulary(self.tokenizer, load_config(self.start).vocab_size)
+
+    @property
+    def cfg(self) -> PretrainConfig:
+        assert self.recipe.pretrain is not None
+        return self.recipe.pretrain
+
+    @property
+    def num_records(self) -> int:
+        return len(self.rows)
+
+    def build(self, checkpoint: Path | None) -> CausalLMModel:
+        start = checkpoint or self.start
+        if start is not None:
+            return CausalLMModel.from_pretrained(start, dropout=self.cfg.dropout)
+        model = build_causal_lm(
+            self.recipe.model, vocab_size=len(self.tokenizer), seed=self.recipe.seed,
+            eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)
+        add_residual_dropout(model, self.cfg.dropout)
+        return CausalLMModel(model)
+
+    def costs(self, indices: Sequence[int]) -> None:
+        """Rows are all of one length."""
+
+    def microbatches(self, indices: Sequence[int]) -> list[TextBatch]:
+        return self._cut(self.rows, indices)
+
+    def _cut(self, rows: PackedRows, indices: Sequence[int]) -> list[TextBatch]:
+        size = max(1, self.cfg.tokens_per_microbatch // rows.row_length)
+        return [_batch(rows[indices[start : start + size]])
+                for start in range(0, len(indices), size)]
+
+    def evaluate(self, backend: Backend) -> dict[str, float]:
+        """Return eval/loss over all held-out rows, and eval/loss.<source>."""
+        metrics = {}
+        total_loss = total_tokens = 0.0
+        for name, rows in self.held_out.items():
+            mine = shard(range(len(rows)), backend.rank, backend.world_size)
+            loss, tokens = self.mean_loss(backend, self._cut(rows, mine))
+            if tokens:
+                metrics[f"eval/loss.{name}"] = loss / tokens
+            total_loss, total_tokens = total_loss + loss, total_tokens + tokens
+        if total_tokens:
+            metrics["eval/loss"] = total_loss / total_tokens
+        return metrics
+
+    def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
+        """Continue every sample prompt, `num_samples` times over the run, the last at its end."""
+        num = min(self.cfg.num_samples, self.total_steps)
+        if step not in {round(self.total_steps * (i + 1) / num) for i in range(num)}:
+            return []
+        records = []
+        for prompt in self.cfg.sample_prompts:
+            texts = continuations(
+                backend, self.tokenizer, encode_text(self.tokenizer, prompt),
+                max_tokens=SAMPLE_TOKENS, seed=self.recipe.seed)
+            records += [{"prompt": prompt, "text": text, "kind": kind}
+                        for kind, text in texts.items()]
+        return records
+
+
+def _batch(rows: torch.Tensor) -> TextBatch:
+    """Return rows (n, T) as a micro-batch."""
+    loss_mask = torch.ones_like(rows, dtype=torch.bool)
+    loss_mask[:, 0] = False
+    return TextBatch(rows, torch.ones_like(rows), float(loss_mask.sum()), rows.numel(), loss_mask)

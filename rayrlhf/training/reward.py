@@ -1,0 +1,195 @@
+"""The reward model: the SFT model's trunk with a scalar head, trained on ranked completions.
+
+InstructGPT (arXiv:2203.02155, section 3.5 and eq. 1): all pairs of one prompt's K responses are
+one batch element, one epoch. Ties give no pair. At the end the mean score of the demonstrations is
+stored as the model's shift, so that they score 0 on average before RL.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf import lineage
+from rayrlhf.algorithms.ranking import ranking_loss
+from rayrlhf.config import Recipe, RecipeError, RewardConfig
+from rayrlhf.data import builtin
+from rayrlhf.data.datasets import (
+    Comparison,
+    Example,
+    encode_comparisons,
+    encode_demonstrations,
+    pad,
+    read_records,
+    shard,
+)
+from rayrlhf.data.packing import microbatches
+from rayrlhf.data.tokenizer import check_vocabulary
+from rayrlhf.models.folder import load_config
+from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
+from rayrlhf.training.backend import Backend
+from rayrlhf.training.loop import train_stage
+from rayrlhf.training.stage import MicroBatch, Stage, evaluating, global_totals
+
+
+def train_reward(recipe: Recipe) -> Path:
+    """Train the reward model on comparisons; return its folder.
+
+    Raises RecipeError when a record is wrong or the start model does not fit.
+    """
+    return train_stage(recipe, RewardStage)
+
+
+@dataclass(frozen=True)
+class ComparisonBatch(MicroBatch):
+    """All responses of some comparisons, N = b rows; `count` is comparisons with a pair."""
+
+    lengths: Tensor
+    """(N,) int64, tokens of each row"""
+    ranks: Tensor
+    """(N,) int64, 1 = best of its comparison"""
+    groups: Tensor
+    """(N,) int64, which comparison a row belongs to"""
+
+
+class RewardStage(Stage):
+    """Comparisons; each stays whole within one micro-batch."""
+
+    name = "reward"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.start = builtin.resolve(lineage.start_model(recipe, "reward"))
+        check_vocabulary(self.tokenizer, load_config(self.start).vocab_size)
+        self.train = self._read(self.cfg.train)
+        self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
+        path = self.cfg.demonstrations or (recipe.sft.train if recipe.sft else None)
+        self.demonstrations: list[Example] = [] if path is None else encode_demonstrations(
+            read_records(path, "demonstration"), self.tokenizer, recipe.model.max_length)
+
+    def _read(self, path: str) -> list[Comparison]:
+        found = encode_comparisons(read_records(path, "comparison"), self.tokenizer,
+                                   self.recipe.model.max_length)
+        ranked = [comparison for comparison in found if len(set(comparison.ranks)) > 1]
+        if not ranked:
+            raise RecipeError(f"{path}: no comparison ranks one response above another: "
+                              "give `ranks` that differ")
+        return ranked
+
+    @property
+    def cfg(self) -> RewardConfig:
+        assert self.recipe.reward is not None
+        return self.recipe.reward
+
+    @property
+    def num_records(self) -> int:
+        return len(self.train)
+
+    def build(self, checkpoint: Path | None) -> ScalarHeadModel:
+        if checkpoint is not None:
+            return ScalarHeadModel.from_pretrained(checkpoint, dropout=self.cfg.dropout)
+        return ScalarHeadModel.from_causal_lm(self.start, self.recipe.seed,
+                                              dropout=self.cfg.dropout)
+
+    def costs(self, indices: Sequence[int]) -> list[float]:
+        return [_cost(self.train[index]) for index in indices]
+
+    def microbatches(self, indices: Sequence[int]) -> list[ComparisonBatch]:
+        return self._cut([self.train[index] for index in indices])
+
+    def _cut(self, comparisons: Sequence[Comparison]) -> list[ComparisonBatch]:
+        groups = comparison_groups([(len(c.ids), max(map(len, c.ids))) for c in comparisons],
+                                   self.cfg.tokens_per_microbatch)
+        return [self._batch([comparisons[index] for index in group]) for group in groups]
+
+    def _batch(self, comparisons: Sequence[Comparison]) -> ComparisonBatch:
+        rows = [ids for comparison in comparisons for ids in comparison.ids]
+        input_ids, attention_mask = pad(rows, self.tokenizer.pad_token_id)       # (N, S)
+        lengths = torch.tensor([len(row) for row in rows])
+        ranks = torch.tensor([rank for comparison in comparisons for rank in comparison.ranks])
+        groups = torch.tensor([group for group, comparison in enumerate(comparisons)
+                               for _ in comparison.ids])
+        return ComparisonBatch(input_ids, attention_mask, float(len(comparisons)),
+                               int(lengths.sum()), lengths, ranks, groups)
+
+    def empty(self) -> ComparisonBatch:
+        one = torch.ones(1, dtype=torch.int64)
+        return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one, one, one)
+
+    def loss(self, backend: Backend,
+             micro: ComparisonBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = backend(micro.input_ids, micro.attention_mask)                 # (N, S)
+        scores = last_scores(outputs, micro.lengths)                            # (N,)
+        return ranking_loss(scores, micro.ranks, micro.groups)
+
+    def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+        pairs = max(sums["reward/num_pairs"], 1.0)
+        return {"loss": sums["reward/loss"] / max(count, 1.0),
+                "pair_accuracy": sums["reward/num_correct"] / pairs,
+                "num_pairs": sums["reward/num_pairs"]}
+
+    def evaluate(self, backend: Backend) -> dict[str, float]:
+        """Return eval/loss and eval/pair_accuracy (all pairs alike) on the validation set."""
+        if not self.validation:
+            return {}
+        mine = shard(range(len(self.validation)), backend.rank, backend.world_size,
+                     [_cost(comparison) for comparison in self.validation])
+        micros = self._cut([self.validation[index] for index in mine])
+        with evaluating(backend):
+            sums, count = global_totals(self, backend, micros)
+        return {f"eval/{name}": value for name, value in self.metrics(sums, count).items()}
+
+    def finish(self, backend: Backend) -> None:
+        """Store the mean score of the demonstrations as the model's shift."""
+        module = backend.module
+        assert isinstance(module, ScalarHeadModel)
+        if self.demonstrations:
+            module.shift += self.mean_score(backend, self.demonstrations)
+
+    def mean_score(self, backend: Backend, examples: Sequence[Example]) -> float:
+        """Return the mean score of demonstrations over all ranks; every rank calls it."""
+        lengths = [len(example.ids) for example in examples]
+        mine = shard(range(len(examples)), backend.rank, backend.world_size, lengths)
+        groups = microbatches([lengths[index] for index in mine], self.cfg.tokens_per_microbatch)
+        wanted = int(backend.global_max(len(groups)))
+        total = 0.0
+        with evaluating(backend):
+            for group in groups:
+                input_ids, attention_mask = pad([examples[mine[index]].ids for index in group],
+                                                self.tokenizer.pad_token_id)
+                outputs = backend(input_ids.to(backend.device), attention_mask.to(backend.device))
+                ends = attention_mask.sum(dim=1).to(backend.device)
+                total += float(last_scores(outputs, ends).sum())
+            for _ in range(wanted - len(groups)):
+                idle = self.empty().to(backend.device)
+                backend(idle.input_ids, idle.attention_mask)
+        return backend.global_sum(total) / len(examples)
+
+    def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        assert isinstance(module, ScalarHeadModel)
+        module.save_pretrained(folder, weights)
+
+
+def comparison_groups(sizes: Sequence[tuple[int, int]],
+                      tokens_per_microbatch: int) -> list[list[int]]:
+    """Group comparisons, given as (responses K, longest response), whole, by padded tokens.
+
+    Longest first; every position occurs exactly once; one over the budget stands alone.
+    """
+    groups: list[list[int]] = []
+    rows = longest = 0
+    for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i][1], i)):
+        num_responses, length = sizes[position]
+        if groups and (rows + num_responses) * longest <= tokens_per_microbatch:
+            groups[-1].append(position)
+            rows += num_responses
+        else:
+            groups.append([position])
+            rows, longest = num_responses, length
+    return groups
+
+
+def _cost(comparison: Comparison) -> float:
+    return float(sum(map(len, comparison.ids)))

@@ -1,0 +1,145 @@
+"""What a stage plugs into the loop: model, data, loss, evaluation, and what a micro-batch is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.config import Recipe, StageConfig
+from rayrlhf.data.tokenizer import load_tokenizer
+from rayrlhf.training.backend import Backend
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank sees; b sequences, right-padded to S tokens."""
+
+    input_ids: Tensor
+    """(b, S) int64"""
+    attention_mask: Tensor
+    """(b, S) int64, 1 on tokens"""
+    count: float
+    """What the step's denominator counts here: tokens with loss, or comparisons."""
+    num_tokens: int
+    """Tokens without padding."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on `device`."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {field.name: value.to(device) for field in fields(self)
+                                 if isinstance(value := self.__dict__[field.name], Tensor)}
+        return replace(self, **moved)
+
+
+class Stage(ABC):
+    """A training stage on one rank. The driver makes one, too, to check the inputs."""
+
+    name: str
+    """Of the recipe's section and of the folder in the run directory."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Read and check the data; raises RecipeError."""
+        self.recipe = recipe
+        self.folder = recipe.path / self.name
+        self.tokenizer = load_tokenizer(recipe)
+
+    @property
+    @abstractmethod
+    def cfg(self) -> StageConfig:
+        """The recipe's section of this stage."""
+
+    @property
+    @abstractmethod
+    def num_records(self) -> int:
+        """Training records: rows, demonstrations or comparisons."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps: `epochs` over the records, the last batch filled from the next epoch."""
+        steps = -(-round(self.cfg.epochs * self.num_records) // self.cfg.batch_size)
+        return max(1, steps if self.cfg.max_steps is None else min(steps, self.cfg.max_steps))
+
+    @abstractmethod
+    def build(self, checkpoint: Path | None) -> nn.Module:
+        """Return the model to start from, or that of `checkpoint`."""
+
+    @abstractmethod
+    def costs(self, indices: Sequence[int]) -> list[float] | None:
+        """Return what each record costs in tokens, to balance the ranks; None: all the same."""
+
+    @abstractmethod
+    def microbatches(self, indices: Sequence[int]) -> list[Any]:
+        """Return training records as micro-batches within `tokens_per_microbatch`."""
+
+    @abstractmethod
+    def empty(self) -> Any:
+        """Return a micro-batch whose loss is 0: what a rank with less to do adds."""
+
+    @abstractmethod
+    def loss(self, backend: Backend, micro: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss_sum, sums to log); the caller divides by the step's count."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+        """Return the metrics from the sums of `loss` over all micro-batches of all ranks."""
+
+    @abstractmethod
+    def evaluate(self, backend: Backend) -> dict[str, float]:
+        """Return `eval/...` metrics on held-out data; {} without any. Every rank calls it."""
+
+    def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
+        """Return generated texts to show after `step`; every rank calls it."""
+        del backend, step
+        return []
+
+    def finish(self, backend: Backend) -> None:
+        """Do what is due between the last step and saving `final`; every rank calls it."""
+        del backend
+
+    @abstractmethod
+    def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the Hugging Face folder, without the tokenizer; one rank calls it."""
+
+
+@contextmanager
+def evaluating(backend: Backend) -> Iterator[None]:
+    """Switch dropout and gradients off in the block."""
+    backend.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        backend.module.train()
+
+
+def global_totals(stage: Stage, backend: Backend,
+                  micros: Sequence[MicroBatch]) -> tuple[dict[str, float], float]:
+    """Return the sums of `stage.loss` and the count over the micro-batches of all ranks.
+
+    Every rank calls it, whatever the number of its micro-batches. Meant for `evaluating`.
+    """
+    totals: dict[str, Tensor] = {}
+    for micro in padded(stage, backend, micros):
+        _, sums = stage.loss(backend, micro.to(backend.device))
+        add(totals, sums)
+    *values, count = backend.global_sums([*(float(total) for total in totals.values()),
+                                          sum(micro.count for micro in micros)])
+    return dict(zip(totals, values, strict=True)), count
+
+
+def padded(stage: Stage, backend: Backend, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Add empty micro-batches until every rank has as many: ZeRO-3 forwards are collective."""
+    wanted = max(1, int(backend.global_max(len(micros))))
+    return [*micros, *(stage.empty() for _ in range(wanted - len(micros)))]
+
+
+def add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add `sums` to `totals`, in place, without waiting for the device."""
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value

@@ -1,0 +1,132 @@
+"""Records to token ids, batches as a pure function of the step, rows from memory-mapped shards."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rayrlhf.config import RecipeError
+from rayrlhf.data.datasets import (
+    PackedRows,
+    batch_indices,
+    encode_comparisons,
+    encode_demonstrations,
+    encode_prompts,
+    fitting_prompts,
+    pad,
+    shard,
+)
+from rayrlhf.data.tokenizer import encode_text, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(iter(["the movie is good"] * 9), 280)
+
+
+def test_demonstration_has_loss_on_the_response_and_its_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    records = [{"prompt": "Tweet: the", "response": " movie"},
+               {"messages": [{"role": "user", "content": "hi"},
+                             {"role": "assistant", "content": "good"}]}]
+    plain, chat = encode_demonstrations(records, tokenizer, max_length=64)
+    spoken = [[i for i, m in zip(e.ids, e.mask, strict=True) if m] for e in (plain, chat)]
+    assert tokenizer.decode(plain.ids) == "Tweet: the movie<|endoftext|>"
+    assert [tokenizer.decode(s) for s in spoken] == [" movie<|endoftext|>", "good<|endoftext|>"]
+    assert (plain.record, chat.record) == (0, 1)
+
+
+def test_too_long_demonstrations_are_dropped_with_a_line(
+    tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": "a", "response": "b" * 50}, {"prompt": "a", "response": "b"}]
+    assert [e.record for e in encode_demonstrations(records, tokenizer, 10)] == [1]
+    assert "1 of 2 demonstrations are longer than 10 tokens" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="none of 2 demonstrations fits into 2 tokens"):
+        encode_demonstrations(records, tokenizer, 2)
+
+
+def test_comparison_keeps_what_fits(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{"prompt": "a", "responses": ["b" * 50, "c", "d"], "ranks": [1, 3, 2]},
+               {"prompt": "a", "responses": ["b" * 50, "c"], "ranks": [1, 2]}]
+    (only,) = encode_comparisons(records, tokenizer, 10)
+    assert (only.record, only.kept, only.ranks) == (0, [1, 2], [3, 2])
+    eos = tokenizer.eos_token_id
+    assert only.ids == [[*encode_text(tokenizer, "a"), *encode_text(tokenizer, t), eos]
+                        for t in "cd"]
+
+
+def test_prompts_stay_aligned_with_their_records(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{"prompt": "a" * 30}, {"prompt": "ab"},
+               {"messages": [{"role": "user", "content": "hi"}]}]
+    with pytest.raises(RecipeError, match="prompt 1 has 30 tokens, but only 9 fit"):
+        encode_prompts(records, tokenizer, 9)
+    kept = fitting_prompts(records, tokenizer, 9)
+    assert kept == records[1:]
+    ids = encode_prompts(kept, tokenizer, 9)
+    assert [tokenizer.decode(i) for i in ids] == ["ab", "<|user|>hi<|end|><|assistant|>"]
+
+
+def test_every_record_once_per_epoch_none_dropped() -> None:
+    order = [i for step in range(9) for i in
+             batch_indices(seed=3, step=step, batch_size=7, num_records=21)]
+    epochs = [order[e * 21:(e + 1) * 21] for e in range(3)]
+    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batches_cross_epochs_and_are_a_function_of_the_step() -> None:
+    batches = [batch_indices(seed=0, step=s, batch_size=4, num_records=10) for s in range(5)]
+    assert Counter(i for b in batches for i in b) == dict.fromkeys(range(10), 2)
+    assert batch_indices(seed=0, step=3, batch_size=4, num_records=10) == batches[3]
+    assert batch_indices(seed=1, step=3, batch_size=4, num_records=10) != batches[3]
+    assert len(batch_indices(seed=0, step=0, batch_size=25, num_records=10)) == 25
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_shards_partition_the_batch_and_balance_it(world_size: int) -> None:
+    indices = [5, 3, 8, 1, 9]
+    weights = [100.0, 1, 50, 49, 2]
+    parts = [shard(indices, rank, world_size, weights) for rank in range(world_size)]
+    assert sorted(i for part in parts for i in part) == sorted(indices)
+    cost = dict(zip(indices, weights, strict=True))
+    loads = [sum(cost[i] for i in part) for part in parts]
+    assert max(loads) <= max(100.0, sum(weights) / world_size * 4 / 3)
+    assert shard(indices, 0, 1) == indices
+
+
+def test_padding_is_marked_by_length_even_if_pad_is_eos() -> None:
+    ids, mask = pad([[1, 0], [2, 3, 0]], pad_id=0)
+    assert ids.tolist() == [[1, 0, 0], [2, 3, 0]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert ids.dtype == mask.dtype == torch.int64
+    assert pad([], 0)[0].shape == (0, 0)
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
+    kind = pa.list_(pa.int32(), rows.shape[1])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
+    with pa.OSFile(str(path), "wb") as sink, \
+            pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer:
+        writer.write_batch(pa.record_batch([column], names=["tokens"]))
+
+
+def test_packed_rows_over_shards(tmp_path: Path) -> None:
+    rows = np.arange(28, dtype=np.int32).reshape(7, 4)
+    write_rows(tmp_path / "train-00000.arrow", rows[:3])
+    write_rows(tmp_path / "train-00001.arrow", rows[3:])
+    write_rows(tmp_path / "validation-train-00000.arrow", rows[:1])
+    packed = PackedRows(tmp_path, "train")
+    assert (len(packed), packed.row_length) == (7, 4)
+    assert packed[[6, 0, 3, 3, 2]].tolist() == rows[[6, 0, 3, 3, 2]].tolist()
+    assert packed[[]].shape == (0, 4)
+    assert packed[[0]].dtype == torch.int64
+    with pytest.raises(IndexError):
+        packed[[7]]
+    with pytest.raises(RecipeError, match="no rows of the split validation-x: run"):
+        PackedRows(tmp_path, "validation-x")

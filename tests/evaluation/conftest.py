@@ -1,0 +1,73 @@
+"""Results and metrics of a made-up run, in the shape that evaluation writes."""
+
+import math
+from typing import Any
+
+import pytest
+
+from rayrlhf.evaluation.plots import Figure, figures
+
+MODELS = ("base", "sft", "ppo")
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Return results.json of three models and two sources."""
+    return _results()
+
+
+@pytest.fixture
+def curves() -> dict[str, list[dict[str, Any]]]:
+    """Return metrics.jsonl of each stage; a NaN that was written as null included."""
+    return _curves()
+
+
+@pytest.fixture(scope="session")
+def drawn() -> list[Figure]:
+    """Return every figure of the made-up run, drawn once."""
+    return figures(_results(), _curves())
+
+
+def _results() -> dict[str, Any]:
+    half = {"vader": 0.5, "reward": 0.5}
+    answer = {"text": " <b>fine</b> & \"good\"", "ended": False,
+              "scores": {"vader": 0.25, "reward": -1.5}}
+    row = {"pair_accuracy": 0.73, "pearson": 0.6, "num_pairs": 4950, "num_texts": 100,
+           "human_pair_accuracy": 0.83, "vader_pair_accuracy": 0.65, "vader_pearson": None}
+    return {
+        "name": "toy", "seed": 0, "created": "2026-01-01 00:00 UTC", "commit": None,
+        "machine": "2 CPU cores", "versions": {"torch": "2.13.0"}, "reference": "sft",
+        "models": {m: f"runs/toy/{m}/final" for m in MODELS}, "num_prompts": 20,
+        "max_response_tokens": 8, "temperature": 1.0, "judges": ["vader", "reward"],
+        "win_rate_vs_sft": {"base": {"vader": 0.4, "reward": 0.3}, "sft": half,
+                            "ppo": {"vader": 0.7, "reward": 0.9}},
+        "intervals": {"win_rate_vs_sft": {
+            m: {"vader": [0.35, 0.55], "reward": [0.2, 0.95]} for m in MODELS}},
+        "mean_score": dict.fromkeys(MODELS, half), "ratings_judge": "vader",
+        "ratings": {m: {"elo": 1000.0, "low": 990.0, "high": 1010.0} for m in MODELS},
+        "distinct_2": {"base": 0.9, "sft": 0.8, "ppo": 0.6},
+        "response_length": dict.fromkeys(MODELS, 7.5), "ended_fraction": dict.fromkeys(MODELS, 0.5),
+        "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "ppo": 2.5},
+        "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "ppo": 12.0},
+        "held_out_loss": {m: {"movies": 4.0, "tweets": 4.5} for m in MODELS},
+        "reward_model": {"movies": row, "tweets": {**row, "human_pair_accuracy": None}},
+        "reward_model_calibration": [
+            {"predicted": 0.55, "observed": 0.54, "num_pairs": 900},
+            {"predicted": 0.75, "observed": 0.7, "num_pairs": 100}],
+        "samples": [{"prompt": "Say <i>it</i>", "answers": dict.fromkeys(MODELS, answer)}],
+        "seconds": {"pretrain": 100.0, "sft": 20.0, "evaluate": 30.0},
+    }
+
+
+def _curves() -> dict[str, list[dict[str, Any]]]:
+    def loss(step: int) -> float:
+        return 4 + 4 * math.exp(-step / 10)
+
+    training = [{"step": s, "time": 0.0, "loss": loss(s)} for s in range(1, 31)]
+    reward = [{**row, "pair_accuracy": 0.6} for row in training]
+    reward[-1] |= {"eval/loss": 0.6, "eval/pair_accuracy": 0.7}
+    ppo: list[dict[str, Any]] = [
+        {"step": s, "time": 0.0, "reward/score_mean": s / 10, "kl/ref_per_response": s / 2,
+         "policy/entropy": 3.0, "rollout/response_length": 8.0} for s in range(1, 21)]
+    ppo[3]["policy/entropy"] = None
+    return {"pretrain": training, "sft": training, "reward": reward, "ppo": ppo}

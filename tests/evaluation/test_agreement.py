@@ -1,0 +1,81 @@
+"""Agreement with ratings: hand-worked pairs, and the fast count against the plain one."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rayrlhf.evaluation import agreement
+from rayrlhf.evaluation.agreement import (
+    calibration,
+    human_ceiling,
+    pair_accuracy,
+    pair_accuracy_within,
+    pearson,
+)
+
+
+def test_pairs_by_hand() -> None:
+    """Ratings 1 2 2 3: five pairs; scores 0 1 5 1: right 4 times, one tie of scores, none wrong
+    but (5, 1): 0<1, 0<5, 0<1 right; 1 against 1 is a tie; 5 against 1 is wrong."""
+    found = pair_accuracy(np.array([0.0, 1.0, 5.0, 1.0]), np.array([1.0, 2.0, 2.0, 3.0]))
+    assert found is not None
+    assert found.num_pairs == 5
+    assert found.accuracy == pytest.approx(3.5 / 5)
+
+
+def test_fast_count_equals_plain_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_ROWS", 7)
+    rng = np.random.default_rng(0)
+    scores, ratings = rng.integers(0, 6, size=(2, 40)).astype(float)
+    right = total = 0.0
+    for i, j in itertools.combinations(range(40), 2):
+        if ratings[i] != ratings[j]:
+            total += 1
+            right += 0.5 if scores[i] == scores[j] else (
+                (scores[i] > scores[j]) == (ratings[i] > ratings[j]))
+    found = pair_accuracy(scores, ratings)
+    assert found is not None
+    assert (found.num_pairs, found.accuracy) == (total, pytest.approx(right / total))
+
+
+def test_equal_ratings_leave_no_pair() -> None:
+    assert pair_accuracy(np.arange(3.0), np.ones(3)) is None
+    assert pair_accuracy_within([np.arange(3.0)], [np.ones(3)]) is None
+
+
+def test_pairs_within_groups_ignore_the_rest() -> None:
+    found = pair_accuracy_within([np.array([2.0, 1.0]), np.array([9.0, 8.0, 7.0])],
+                                 [np.array([-1.0, -2.0]), np.array([-3.0, -2.0, -1.0])])
+    assert found is not None
+    assert (found.num_pairs, found.accuracy) == (4, 0.25)
+
+
+def test_pearson_by_hand() -> None:
+    assert pearson(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
+    assert pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])) == pytest.approx(0.5)
+    assert pearson(np.ones(3), np.arange(3.0)) is None
+
+
+def test_human_ceiling_of_raters_who_agree_is_1_and_by_hand() -> None:
+    assert human_ceiling([[1, 1, 1], [2, 2, 2], [3, 3, 3]]) == 1.0
+    # rater 1 says 0 < 4, the other 2 > 1: wrong; and the other way round: wrong.
+    assert human_ceiling([[0, 2], [4, 1]]) == 0.0
+    assert human_ceiling([[1], [2]]) is None
+    assert human_ceiling([]) is None
+
+
+def test_calibration_of_a_model_that_is_always_sure_and_half_right() -> None:
+    bins = calibration([np.array([50.0, 0.0]), np.array([50.0, 0.0])],
+                       [np.array([1.0, 0.0]), np.array([0.0, 1.0])])
+    assert bins == [{"predicted": pytest.approx(1.0), "observed": 0.5, "num_pairs": 2}]
+
+
+def test_calibration_of_scores_that_are_log_odds_is_on_the_diagonal() -> None:
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(scale=2, size=20_000)
+    won = rng.random(20_000) < 1 / (1 + np.exp(-gaps))
+    bins = calibration([np.array([gap, 0.0]) for gap in gaps],
+                       [np.array([1.0, 0.0]) if w else np.array([0.0, 1.0]) for w in won])
+    assert sum(b["num_pairs"] for b in bins) == 20_000
+    assert all(b["observed"] == pytest.approx(b["predicted"], abs=0.05) for b in bins)

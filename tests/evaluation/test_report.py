@@ -1,0 +1,119 @@
+"""The report is one self-contained, escaped, well-formed page; figures come with a sentence."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.evaluation.plots import Figure, figures
+from rayrlhf.evaluation.report import render, write_report
+
+VOID = {"meta", "img", "source", "br"}
+Results = dict[str, Any]
+Curves = dict[str, list[dict[str, Any]]]
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.sources += [value or "" for name, value in attrs
+                         if name in ("src", "srcset", "href", "action", "data", "poster")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _parse(page: str) -> _Page:
+    parser = _Page()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+def test_page_is_well_formed_and_self_contained(results: Results, drawn: list[Figure]) -> None:
+    page = render(results, drawn, recipe_yaml="name: toy\n")
+    parsed = _parse(page)
+    assert len(parsed.sources) == 2 * len(drawn)            # light and dark
+    for source in parsed.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]*", "", page))
+    assert {"script", "link", "iframe"}.isdisjoint(parsed.tags)
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_text_of_models_and_data_is_escaped(results: Results) -> None:
+    parsed = _parse(render({**results, "name": "<script>x</script>"}, [], recipe_yaml="a: <b>\n"))
+    assert {"script", "i"}.isdisjoint(parsed.tags)
+    assert "Say <i>it</i>" in parsed.text
+    assert '<b>fine</b> & "good"' in parsed.text
+    assert "a: <b>" in parsed.text
+
+
+def test_page_says_what_the_run_was(results: Results) -> None:
+    text = _parse(render(results, [], recipe_yaml="name: toy\nseed: 0\n")).text
+    for word in ("toy", "Pretraining", "1.7 min", "torch 2.13.0", "seed: 0", "70%", "12.0"):
+        assert word in text
+
+
+def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
+    by_name = {figure.name: figure for figure in drawn}
+    assert set(by_name) == {"win_rate", "reward_against_kl", "reward_model", "calibration",
+                          "entropy", "training_pretrain", "training_sft", "training_reward", "ppo"}
+    for figure in drawn:
+        assert figure.light.startswith(b"\x89PNG") and figure.dark.startswith(b"\x89PNG")
+        assert figure.light != figure.dark
+        assert figure.caption.endswith(".")
+    assert "not clearly different" in by_name["win_rate"].caption   # the interval holds 50%
+    assert "73% on movies (one person: 83%)" in by_name["reward_model"].caption
+
+
+def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> None:
+    for key in ("models", "win_rate_vs_sft", "distinct_2", "response_length", "ended_fraction",
+                "entropy_nats_per_token", "kl_ref_per_response", "held_out_loss", "ratings"):
+        del results[key]["ppo"]
+    for table in (results["win_rate_vs_sft"], results["intervals"]["win_rate_vs_sft"]):
+        for judges in table.values():
+            judges.pop("reward", None)
+    results |= {"judges": ["vader"], "reward_model": {}, "reward_model_calibration": []}
+    results["samples"][0]["answers"].pop("ppo")
+    drawn = figures(results, {"sft": curves["sft"]})
+    assert {figure.name for figure in drawn} == {"win_rate", "entropy", "training_sft"}
+    page = render(results, drawn, recipe_yaml="")
+    assert "The reward model on texts" not in page
+    _parse(page)
+
+
+def test_one_model_alone_makes_a_report(results: Results) -> None:
+    alone = {key: {"base": results[key]["base"]} for key in (
+        "models", "distinct_2", "response_length", "ended_fraction", "entropy_nats_per_token",
+        "kl_ref_per_response", "ratings")}
+    results |= alone | {
+        "reference": "base", "judges": ["vader"], "held_out_loss": {"base": {}},
+        "win_rate_vs_base": {"base": {"vader": 0.5}}, "samples": [], "reward_model": {},
+        "intervals": {"win_rate_vs_base": {"base": {"vader": [0.5, 0.5]}}},
+        "reward_model_calibration": []}
+    assert figures(results, {}) == []
+    _parse(render(results, [], recipe_yaml=""))
+
+
+def test_report_replaces_the_one_before(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "report.html"
+    for name in ("first", "second"):
+        assert write_report(path, {**results, "name": name}, [], recipe_yaml="") == path
+    assert "second" in path.read_text(encoding="utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]

@@ -1,0 +1,118 @@
+"""Stand-ins for Ray and for vLLM: everything happens at once, in this process."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.exceptions
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rayrlhf.generation import Completion
+from rayrlhf.models.causal_lm import load_causal_lm
+from rayrlhf.rl.workers import RewardWorker
+
+EOS, PAD = 0, 1
+VOCAB = 12
+
+
+class Ref:
+    """Stands in for an object reference."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class InlineRay:
+    """The part of Ray that the groups use; everything is done at once, in this process."""
+
+    exceptions = ray.exceptions
+
+    @staticmethod
+    def put(value: Any) -> Ref:
+        return Ref(value)
+
+    @staticmethod
+    def get(refs: Any) -> Any:
+        values = [ref.value for ref in (refs if isinstance(refs, list) else [refs])]
+        for value in values:
+            if isinstance(value, Exception):
+                raise value
+        return values if isinstance(refs, list) else values[0]
+
+    @staticmethod
+    def wait(refs: list[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        return refs[:num_returns], refs[num_returns:]
+
+
+class InlineMethod:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def remote(self, *args: Any) -> Ref:
+        return Ref(self.function(*[a.value if isinstance(a, Ref) else a for a in args]))
+
+
+class InlineHandle:
+    """Stands in for a Ray actor handle."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+
+    def __getattr__(self, name: str) -> InlineMethod:
+        return InlineMethod(getattr(self.worker, name))
+
+
+class SmallEngine:
+    """The engine's two verbs with plain transformers, for models of a dozen tokens."""
+
+    def __init__(self, path: str) -> None:
+        self.model = load_causal_lm(path)
+        self.weight_version = 0
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float,
+                 seeds: Sequence[int]) -> list[Completion]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = torch.tensor(prompts)                       # prompts of one length only
+        log_probs, tokens = [], []
+        for _ in range(max_tokens):
+            logits = self.model(rows).logits[:, -1] / temperature
+            dist = logits.log_softmax(dim=-1)
+            chosen = torch.stack([torch.multinomial(row.exp(), 1, generator=g)
+                                  for row, g in zip(dist, generators, strict=True)])
+            log_probs.append(dist.gather(1, chosen))
+            tokens.append(chosen)
+            rows = torch.cat([rows, chosen], dim=1)
+        ids, values = torch.cat(tokens, 1).tolist(), torch.cat(log_probs, 1).tolist()
+        completions = []
+        for row, value in zip(ids, values, strict=True):
+            end = row.index(EOS) + 1 if EOS in row else len(row)
+            completions.append(Completion(row[:end], value[:end],
+                                          "stop" if EOS in row else "length",
+                                          self.weight_version))
+        return completions
+
+    def load_weights(self, weights: Any, version: int) -> int:
+        state = {name: torch.as_tensor(value).clone() for name, value in weights}
+        _, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected
+        self.weight_version = version
+        return version
+
+
+class CountingReward(RewardWorker):
+    """The score is how often token 5 occurs in the response."""
+
+    def score(self, rollout: Any) -> Any:
+        counts = [torch.tensor([float(row.count(5))]) for row in rollout.responses()]
+        return list(range(len(rollout))), counts
+
+
+def engine_model(folder: Path, tiny_model: Path, *, seed: int = 0) -> Path:
+    """Write a random model as small as vLLM's attention on CPU allows: heads of 32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=64, head_dim=32)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder

@@ -1,0 +1,112 @@
+"""Calls to roles: order, deadlines, and errors that name the role and the call."""
+
+from typing import Any
+
+import pytest
+import ray.exceptions
+import torch
+
+from rayrlhf.config import RecipeError
+from rayrlhf.rl import groups
+from rayrlhf.rl.groups import ActorGroup, CriticGroup, RolloutGroup, wait_all
+from rayrlhf.rl.weight_sync import sync_weights
+from tests.rl.inline import InlineHandle, InlineRay
+
+
+class Rank:
+    """A rank that holds some rows."""
+
+    def __init__(self, indices: list[int]) -> None:
+        self.indices = indices
+
+    def values(self, rollout: Any, step: int) -> Any:
+        return self.indices, [torch.tensor([float(i)]) for i in self.indices]
+
+
+class Late(InlineRay):
+    """Nothing is ever ready."""
+
+    @staticmethod
+    def wait(refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        return [], refs
+
+
+def test_rows_of_all_ranks_come_back_in_order(inline_ray: None) -> None:
+    critic = CriticGroup([InlineHandle(Rank([3, 0])), InlineHandle(Rank([1, 2]))], deadline_s=1)
+    values, = wait_all(critic.values("rollout", 0))
+    assert values.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_deadline_names_the_role_and_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "ray", Late)
+    critic = CriticGroup([InlineHandle(Rank([0]))], deadline_s=0.01)
+    with pytest.raises(TimeoutError, match=r"critic\.values is not done after ppo\.deadline_s=0\.01"):
+        critic.values("rollout", 0).wait()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (ray.exceptions.RayActorError(), RuntimeError, r"critic\.values: the worker died"),
+        (ray.exceptions.RayTaskError("values", "boom", ValueError("boom")), RuntimeError,
+         r"critic\.values failed: .*boom"),
+        (ray.exceptions.RayTaskError("values", "x", RecipeError("set this")), RecipeError,
+         "set this"),
+    ],
+)
+def test_an_error_of_a_worker_names_the_role(
+    inline_ray: None, raised: Exception, kind: type[Exception], said: str
+) -> None:
+    class Broken(Rank):
+        def values(self, rollout: Any, step: int) -> Any:
+            return raised
+
+    critic = CriticGroup([InlineHandle(Broken([]))], deadline_s=1)
+    with pytest.raises(kind, match=said):
+        wait_all(critic.values("rollout", 0))
+
+
+class WeightSource:
+    def weights(self) -> dict[str, int]:
+        return {"w": 1}
+
+
+class Engine:
+    def __init__(self, says: int) -> None:
+        self.says = says
+        self.weights: dict[str, int] = {}
+
+    def load_weights(self, weights: dict[str, int], version: int) -> int:
+        self.weights = weights
+        return self.says
+
+
+def test_every_engine_acknowledges_the_version(inline_ray: None) -> None:
+    engines = [Engine(4), Engine(4)]
+    rollout = RolloutGroup([InlineHandle(engine) for engine in engines], deadline_s=1)
+    actor = ActorGroup([InlineHandle(WeightSource())], deadline_s=1)
+    sync_weights(actor, rollout, version=4)
+    assert [engine.weights for engine in engines] == [{"w": 1}] * 2
+    with pytest.raises(RuntimeError, match="engine 0 acknowledged version 4"):
+        sync_weights(actor, rollout, version=5)
+
+
+def test_a_sync_that_hangs_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "ray", Late)
+    actor = ActorGroup([InlineHandle(WeightSource())], deadline_s=0.01)
+    with pytest.raises(TimeoutError, match=r"actor\.weights"):
+        sync_weights(actor, RolloutGroup([], deadline_s=1), version=1)
+
+
+def test_prompts_are_dealt_to_engines_in_order(inline_ray: None) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Recorder:
+        def generate(self, prompts: list[list[int]], first: int, step: int) -> Any:
+            calls.append((len(prompts), first))
+            raise_free = torch.tensor([1])
+            return groups.Rollout(*[raise_free] * 7)
+
+    rollout = RolloutGroup([InlineHandle(Recorder()) for _ in range(3)], deadline_s=1)
+    rollout.generate([[1]] * 7, 0).wait()
+    assert calls == [(3, 0), (2, 3), (2, 5)]

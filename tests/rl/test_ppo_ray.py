@@ -1,0 +1,130 @@
+"""PPO as the user runs it: Ray, five roles, the real vLLM; killed, and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayrlhf.config import RecipeError, parse
+from rayrlhf.metrics import read_jsonl
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.training.checkpoint import is_complete
+from tests.rl.inline import engine_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys
+import ray
+from rayrlhf.config import parse
+from rayrlhf.rl.ppo import train_ppo
+
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+train_ppo(parse(json.loads(sys.argv[1])))
+"""
+
+
+def make_run(folder: Path, model: Path) -> dict[str, Any]:
+    """Lay out what the stages before PPO leave behind; returns the recipe."""
+    reward = ScalarHeadModel.from_causal_lm(model, seed=1)
+    reward.save_pretrained(folder / "reward" / "final")
+    openings = ("The movie", "A bad film", "I like", "so happy", "The senate voted")
+    lines = [json.dumps({"prompt": text}) for text in openings * 2]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "name": "ppo-test", "run_dir": str(folder),
+        "model": {"path": str(model), "max_length": 64},
+        "resources": {"actor": {"num_workers": 2}},
+        "ppo": {
+            "prompts": str(folder / "prompts.jsonl"), "steps": 5, "batch_size": 8,
+            "samples_per_prompt": 2, "num_minibatches": 4, "max_response_tokens": 8,
+            "save_every": 2, "sample_every": 2, "kl_target": 0.1, "kl_horizon": 200,
+            "rollout_memory_gib": 0.02, "deadline_s": 200,
+            "actor": {"learning_rate": 1e-3}, "critic": {"learning_rate": 1e-3},
+        },
+    }
+
+
+def start(recipe: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as sink:
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(recipe)], cwd=ROOT,
+                                stdout=sink, stderr=sink, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    assert process.wait(timeout=300) == 0, log.read_text(errors="replace")[-3000:]
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items()
+             if not name.startswith("time") and name != "rollout/tokens_per_s"} for row in rows]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    model = engine_model(tmp_path / "model", tiny_model)
+    recipes = {folder: make_run(folder, model) for folder in (cut, whole)}
+    process = start(recipes[cut], tmp_path / "cut.log")
+    deadline = time.monotonic() + 240
+    while len(read_jsonl(cut / "ppo" / "metrics.jsonl")) < 3:
+        assert process.poll() is None, (tmp_path / "cut.log").read_text(errors="replace")[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (cut / "ppo" / "final").exists()
+
+    resumed = start(recipes[cut], tmp_path / "resumed.log")
+    finish(resumed, tmp_path / "resumed.log")
+    uninterrupted = start(recipes[whole], tmp_path / "whole.log")
+    finish(uninterrupted, tmp_path / "whole.log")
+
+    rows = read_jsonl(whole / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert timeless(read_jsonl(cut / "ppo" / "metrics.jsonl")) == timeless(rows)
+    for row in rows:
+        assert row["policy/first_ratio"] == row["policy/first_clip_fraction"] == 0
+        assert row["kl/rollout_mismatch"] < 1e-4
+        assert row["weights/version"] == row["step"]
+    assert rows[0]["kl/ref_per_response"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["kl/ref_per_response"] != 0
+    assert {s["step"] for s in read_jsonl(whole / "ppo" / "samples.jsonl")} == {2, 4, 5}
+
+    for folder in (whole / "ppo" / "final", whole / "ppo" / "checkpoints" / "step-00000005"):
+        assert is_complete(folder)
+        AutoTokenizer.from_pretrained(folder)
+    ends = [AutoModelForCausalLM.from_pretrained(run / "ppo" / "final").state_dict()
+            for run in (cut, whole)]
+    begin = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in begin)
+    assert any(not torch.equal(ends[0][name], begin[name]) for name in begin)
+
+
+@pytest.mark.ray
+def test_a_shortage_names_the_resource_before_any_actor_starts(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    import ray
+
+    from rayrlhf.rl.ppo import train_ppo
+
+    recipe = make_run(tmp_path / "run", tiny_model)
+    recipe["resources"] = {"actor": {"num_workers": 1, "gpus": 1}}
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False,
+             log_to_driver=False)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(RecipeError, match="1 GPU asked for, 0 registered"):
+            train_ppo(parse(recipe))
+        assert time.monotonic() - begin < 5
+    finally:
+        ray.shutdown()

@@ -1,0 +1,229 @@
+"""The roles, one rank each, on a model of a dozen tokens."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.rl.experience import Experience, Rollout
+from rayrlhf.rl.workers import (
+    ActorWorker,
+    CriticWorker,
+    ReferenceWorker,
+    RewardWorker,
+    RoleSettings,
+    RolloutWorker,
+)
+from tests.rl.inline import SmallEngine
+
+Make = Callable[..., RoleSettings]
+
+
+def sample(settings: RoleSettings) -> Rollout:
+    worker = RolloutWorker(settings)
+    worker.engine = SmallEngine(settings.model_path)  # type: ignore[assignment]
+    return worker.generate([[3, 4, 2 + i % 8] for i in range(settings.ppo.batch_size)], 0, step=0)
+
+
+def actor_of(settings: RoleSettings) -> ActorWorker:
+    worker = ActorWorker(settings)
+    worker.start(("", 0))
+    return worker
+
+
+def flat(rows: tuple[list[int], list[torch.Tensor]]) -> torch.Tensor:
+    by_row = dict(zip(*rows, strict=True))
+    return torch.cat([by_row[i] for i in range(len(by_row))])
+
+
+def experience(rollout: Rollout, old: torch.Tensor, advantages: torch.Tensor) -> Experience:
+    zeros = torch.zeros_like(old)
+    return Experience(rollout, old_log_probs=old, advantages=advantages, old_values=zeros,
+                      returns=torch.ones_like(old))
+
+
+def digest(worker: ActorWorker) -> str:
+    weights = worker.weights() or {}
+    return hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 4096])
+def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: int) -> None:
+    """The old log-probs come from the weights, the mode and the micro-batches of the update."""
+    own = settings(actor={"learning_rate": 3e-2, "tokens_per_microbatch": tokens}, epochs=2)
+    rollout, actor = sample(own), actor_of(own)
+    for step in range(2):
+        rows, _ = actor.log_probs(rollout, step)
+        metrics = actor.update(experience(rollout, flat(rows), torch.randn(len(flat(rows)))), step)
+        assert metrics["policy/first_ratio"] == 0.0
+        assert metrics["policy/first_clip_fraction"] == 0.0
+        assert metrics["policy/approx_kl"] > 0         # later minibatches are off-policy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_engine_actor_and_reference_agree_at_the_temperature(
+    settings: Make, temperature: float
+) -> None:
+    own = settings(temperature=temperature)
+    rollout, actor, reference = sample(own), actor_of(own), ReferenceWorker(own)
+    reference.start()
+    rows, entropy = actor.log_probs(rollout, 0)
+    log_probs = flat(rows)
+    assert torch.allclose(log_probs, rollout.log_probs, atol=1e-5)
+    assert torch.allclose(log_probs, flat(reference.log_probs(rollout)), atol=1e-5)
+    assert 0 < entropy / len(log_probs) < 2.49         # ln 12
+
+
+def test_log_probs_equal_those_of_a_row_alone(settings: Make) -> None:
+    own = settings()
+    rollout = sample(own)
+    log_probs = flat(actor_of(own).log_probs(rollout, 0)[0]).split(
+        rollout.response_lengths.tolist())
+    model = load_causal_lm(own.model_path)
+    prompts = rollout.prompt_ids.split(rollout.prompt_lengths.tolist())
+    for prompt, response, found in zip(prompts, rollout.responses(), log_probs, strict=True):
+        ids = torch.tensor([[*prompt.tolist(), *response]])
+        alone = token_log_probs(model, ids, torch.ones_like(ids))[0, len(prompt):]
+        assert torch.allclose(found, alone, atol=1e-5)
+
+
+def test_dropout_is_off(settings: Make) -> None:
+    own = settings()
+    rollout, actor = sample(own), actor_of(own)
+    assert not any(module.training for module in actor.model.modules())
+    first, second = (flat(actor.log_probs(rollout, 0)[0]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_step_with_inf_leaves_the_weights_alone(settings: Make) -> None:
+    own = settings()
+    rollout, actor = sample(own), actor_of(own)
+    old, before = flat(actor.log_probs(rollout, 0)[0]), digest(actor)
+    metrics = actor.update(experience(rollout, old, torch.full_like(old, float("inf"))), 0)
+    assert metrics["policy/skipped_steps"] == own.ppo.num_minibatches
+    assert digest(actor) == before
+
+
+def test_reward_model_reads_its_shift_and_the_last_token(
+    settings: Make, small_critic: Path
+) -> None:
+    own = settings()
+    rollout = sample(own)
+    worker = RewardWorker(replace(own, model_path=str(small_critic)))
+    worker.start()
+    scores = flat(worker.score(rollout))
+    model = ScalarHeadModel.from_pretrained(small_critic)
+    assert model.shift == 0.25
+    prompts = rollout.prompt_ids.split(rollout.prompt_lengths.tolist())
+    for prompt, response, score in zip(prompts, rollout.responses(), scores, strict=True):
+        ids = torch.tensor([[*prompt.tolist(), *response]])
+        assert score.item() == pytest.approx(
+            model(ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5)
+
+
+def test_critic_starts_as_the_reward_model_and_sees_only_the_past(
+    settings: Make, small_critic: Path
+) -> None:
+    """V before a token that follows the whole response is the reward model's score."""
+    own = replace(settings(), model_path=str(small_critic))
+    policy = settings()
+    rollout = sample(policy)
+    critic, reward = CriticWorker(own), RewardWorker(own)
+    critic.start(("", 0))
+    reward.start()
+    scores = flat(reward.score(rollout))
+    lengths = rollout.response_lengths.tolist()
+
+    def longer(token: int) -> Rollout:
+        rows = [torch.tensor([*row, token]) for row in rollout.responses()]
+        return replace(rollout, response_ids=torch.cat(rows),
+                       response_lengths=rollout.response_lengths + 1)
+
+    for token in (2, 9):
+        values = flat(critic.values(longer(token), 0)).split([n + 1 for n in lengths])
+        last = torch.stack([row[-1] for row in values])
+        assert torch.allclose(last, scores, atol=1e-5)
+
+    base = flat(critic.values(rollout, 0)).split(lengths)
+    changed = rollout.response_ids.clone()
+    long = next(i for i, n in enumerate(lengths) if n >= 3)
+    place = sum(lengths[:long]) + 1                    # token 1 of that row
+    changed[place] = 2 + (changed[place] + 1) % 9
+    other = flat(critic.values(replace(rollout, response_ids=changed), 0)).split(lengths)
+    assert torch.equal(base[long][:2], other[long][:2])
+    assert not torch.equal(base[long][2:], other[long][2:])
+
+
+def test_critic_learns_the_returns(settings: Make, small_critic: Path) -> None:
+    own = replace(settings(value_clip=100.0, critic={"learning_rate": 1e-2}),
+                  model_path=str(small_critic))
+    rollout = sample(settings())
+    critic = CriticWorker(own)
+    critic.start(("", 0))
+    losses = []
+    for step in range(4):
+        values = flat(critic.values(rollout, step))
+        batch = Experience(rollout, old_log_probs=values, advantages=values, old_values=values,
+                           returns=torch.ones_like(values))
+        losses.append(critic.update(batch, step)["value/loss"])
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Rows that count up and down, so that there is something to learn."""
+    rows = [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
+    tokens = pa.FixedSizeListArray.from_arrays(
+        pa.array([t for row in rows for t in row], pa.int32()), 8)
+    table = pa.table({"tokens": tokens})
+    with pa.ipc.new_file(str(tmp_path / "train-00000.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    return tmp_path
+
+
+def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
+    settings: Make, corpus: Path
+) -> None:
+    plain = settings(actor={"learning_rate": 1e-2})
+    rollout = sample(plain)
+    rows = torch.tensor([[2 + (i + k) % 10 for i in range(8)] for k in range(4)])
+
+    def run(coef: float) -> tuple[str, float, dict[str, float]]:
+        actor = actor_of(settings(actor={"learning_rate": 1e-2}, ptx_coef=coef,
+                                  corpus=str(corpus)))
+        for step in range(3):
+            old = flat(actor.log_probs(rollout, step)[0])
+            metrics = actor.update(
+                experience(rollout, old, torch.linspace(-1, 1, len(old))), step)
+        held_out = -token_log_probs(actor.model.hf, rows, torch.ones_like(rows)).mean().item()
+        return digest(actor), held_out, metrics
+
+    actor = actor_of(plain)
+    for step in range(3):
+        old = flat(actor.log_probs(rollout, step)[0])
+        actor.update(experience(rollout, old, torch.linspace(-1, 1, len(old))), step)
+    without, none, _ = run(0.0)
+    _, mixed, metrics = run(5.0)
+    assert without == digest(actor)
+    assert mixed < none - 0.2
+    assert metrics["policy/first_ratio"] == 0.0
+    assert 0 < metrics["ptx/loss"] < 2.6               # nats per token, about ln 12 at the start
+
+
+def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
+    own = settings(samples_per_prompt=2, batch_size=8)
+    worker = RolloutWorker(own)
+    worker.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
+    prompts = [[3, 4, 5]] * 8
+    whole = worker.generate(prompts, 0, step=3)
+    halves = Rollout.join([worker.generate(prompts[:4], 0, step=3),
+                           worker.generate(prompts[4:], 4, step=3)])
+    assert whole.responses() == halves.responses()
+    assert len({tuple(row) for row in whole.responses()}) > 8          # one prompt, many answers
+    assert whole.responses() != worker.generate(prompts, 0, step=4).responses()

@@ -1,0 +1,134 @@
+"""The loop: resume equals uninterrupted, every stage in one process."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rayrlhf.config import Recipe
+from rayrlhf.metrics import read_jsonl
+from rayrlhf.training import checkpoint, loop
+from rayrlhf.training.pretrain import PretrainStage
+from rayrlhf.training.reward import RewardStage
+from rayrlhf.training.sft import SFTStage
+from rayrlhf.training.stage import Stage
+
+CPU = torch.device("cpu")
+MakeRecipe = Callable[..., Recipe]
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+def comparable(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """Return the lines without what depends on the clock."""
+    return [{key: value for key, value in line.items()
+             if key not in ("time", "tokens_per_s") and not key.startswith("time/")}
+            for line in read_jsonl(folder / f"{name}.jsonl")]
+
+
+def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
+    """Remove what the fixture put where the stage writes, and return the stage."""
+    stage = kind(recipe)
+    if not (stage.folder / "metrics.jsonl").exists():
+        shutil.rmtree(stage.folder, ignore_errors=True)
+    return stage
+
+
+@pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage])
+@pytest.mark.parametrize("killed_at", [1, 4, 5])
+def test_resume_equals_uninterrupted(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch,
+                                     kind: type[Stage], killed_at: int) -> None:
+    sft = {"dropout": 0.2}
+    whole = fresh(make_recipe("whole", sft=sft), kind)
+    loop.run(whole, CPU)
+
+    broken = fresh(make_recipe("broken", sft=sft), kind)
+    step_of_loop = loop.train_step
+
+    def dies(stage: Stage, backend: Any, step: int) -> dict[str, float]:
+        if step == killed_at + 1:
+            raise Killed
+        return step_of_loop(stage, backend, step)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(Killed):
+        loop.run(broken, CPU)
+    monkeypatch.setattr(loop, "train_step", step_of_loop)
+    loop.run(kind(broken.recipe), CPU)
+
+    expected = comparable(whole.folder)
+    assert [line["step"] for line in expected] == list(range(1, whole.total_steps + 1))
+    assert comparable(broken.folder) == expected
+    assert comparable(broken.folder, "samples") == comparable(whole.folder, "samples")
+    for name in ("model.safetensors", "config.json"):
+        assert (broken.folder / "final" / name).read_bytes() == \
+            (whole.folder / "final" / name).read_bytes()
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(make_recipe: MakeRecipe) -> None:
+    whole = fresh(make_recipe("whole"), SFTStage)
+    loop.run(whole, CPU)
+    expected = comparable(whole.folder)
+    newest = whole.folder / "checkpoints" / "step-00000004"
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shutil.rmtree(whole.folder / "final")
+    assert checkpoint.newest_checkpoint(whole.folder) == newest.with_name("step-00000002")
+    loop.run(SFTStage(whole.recipe), CPU)
+    assert comparable(whole.folder) == expected
+
+
+def test_folders_load_with_plain_transformers(make_recipe: MakeRecipe) -> None:
+    for kind, auto in ((PretrainStage, AutoModelForCausalLM),
+                       (RewardStage, AutoModelForSequenceClassification)):
+        stage = fresh(make_recipe(), kind)
+        loop.run(stage, CPU)
+        for folder in (stage.folder / "final", stage.folder / "checkpoints" / "step-00000004"):
+            assert checkpoint.is_complete(folder)
+            _, report = auto.from_pretrained(folder, output_loading_info=True)
+            assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_checkpoints_are_pruned_and_hold_no_pickle(make_recipe: MakeRecipe) -> None:
+    stage = fresh(make_recipe(sft={"save_every": 1, "keep_checkpoints": 3}), SFTStage)
+    loop.run(stage, CPU)
+    assert sorted(p.name for p in (stage.folder / "checkpoints").iterdir()) == [
+        "step-00000003", "step-00000004", "step-00000005"]
+    kinds = {path.suffix for path in stage.folder.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja"}
+
+
+def test_metrics_of_a_step(make_recipe: MakeRecipe) -> None:
+    stage = fresh(make_recipe(), PretrainStage)
+    loop.run(stage, CPU)
+    lines = read_jsonl(stage.folder / "metrics.jsonl")
+    for line in lines:
+        assert {"step", "time", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s",
+                "epoch", "time/step_s", "skipped_steps"} <= set(line)
+        assert line["tokens"] == 4 * 16
+    assert lines[-1]["epoch"] == pytest.approx(6 * 4 / 19)
+    assert "eval/loss.books" in lines[2] and "eval/loss" in lines[-1]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    samples = read_jsonl(stage.folder / "samples.jsonl")
+    assert [(s["step"], s["kind"]) for s in samples] == [
+        (3, "greedy"), (3, "sampled"), (6, "greedy"), (6, "sampled")]
+
+
+def test_number_of_steps(make_recipe: MakeRecipe) -> None:
+    plain = PretrainStage(make_recipe(pretrain={"max_steps": None, "epochs": 2.0}))
+    assert plain.total_steps == 10                          # 38 rows in batches of 4
+    assert PretrainStage(make_recipe()).total_steps == 6
+
+
+def test_a_finished_stage_is_left_alone(make_recipe: MakeRecipe) -> None:
+    stage = fresh(make_recipe(), SFTStage)
+    loop.run(stage, CPU)
+    before = (stage.folder / "final" / "model.safetensors").stat().st_mtime_ns
+    assert loop.train_stage(stage.recipe, SFTStage) == stage.folder / "final"
+    assert (stage.folder / "final" / "model.safetensors").stat().st_mtime_ns == before
