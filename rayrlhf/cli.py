@@ -65,8 +65,10 @@ def _run(command: str, recipe: "Recipe") -> int:
     stages = recipe.stages if command == "pipeline" else (command,)
     for stage in stages:
         if stage not in recipe.stages:
-            raise RecipeError(f"the recipe has no section {stage}: add it, or run one of "
-                              f"{', '.join(recipe.stages)}")
+            raise RecipeError(
+                f"the recipe has no section {stage}: add it, or run one of "
+                f"{', '.join(recipe.stages)}"
+            )
     if command == "pipeline":
         console.say(f"{recipe.name}: {' -> '.join(recipe.stages)} in {recipe.path}")
         pipeline.prepare(recipe)
@@ -117,8 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help="see below")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see configs/")
-    parser.add_argument("overrides", metavar="key.sub=value", nargs="*",
-                        help="change values of the recipe")
+    parser.add_argument(
+        "overrides", metavar="key.sub=value", nargs="*", help="change values of the recipe"
+    )
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser
 

@@ -411,19 +411,25 @@ class Recipe(Section):
     def _sections_fit(self) -> Self:
         if self.pretrain is not None:
             if self.corpus is None:
-                raise ValueError("pretrain reads packed rows, but the recipe has no corpus section: "
-                                 "add corpus, or take pretrain out and set model.path")
+                raise ValueError(
+                    "pretrain reads packed rows, but the recipe has no corpus section: "
+                    "add corpus, or take pretrain out and set model.path"
+                )
             if self.model.path is not None and self.tokenizer.path is None:
                 raise ValueError(
                     f"model.path={self.model.path} has its own tokenizer, but tokenizer.path is "
                     f"empty: set tokenizer.path={self.model.path}"
                 )
         elif self.model.path is None and self.stages not in ((), ("corpus",)):
-            raise ValueError("there is no model to start from: add a pretrain section, "
-                             "or set model.path to an existing model")
+            raise ValueError(
+                "there is no model to start from: add a pretrain section, "
+                "or set model.path to an existing model"
+            )
         if self.tokenizer.path is None and self.corpus is None and self.model.path is None:
-            raise ValueError("there is no text to train a tokenizer on: add a corpus section, "
-                             "or set tokenizer.path to an existing tokenizer")
+            raise ValueError(
+                "there is no text to train a tokenizer on: add a corpus section, "
+                "or set tokenizer.path to an existing tokenizer"
+            )
         if self.corpus is not None and self.pretrain is not None:
             self._rows_fit(self.corpus)
         if self.ppo is not None:
@@ -439,10 +445,12 @@ class Recipe(Section):
 
     def _ppo_fits(self, ppo: PPOConfig) -> None:
         if ppo.ptx_coef > 0 and self.corpus is None:
-            raise ValueError(f"ppo.ptx_coef={ppo.ptx_coef} mixes in pretraining rows, but the "
-                             "recipe has no corpus section: add corpus, or set ppo.ptx_coef=0")
+            raise ValueError(
+                f"ppo.ptx_coef={ppo.ptx_coef} mixes in pretraining rows, but the "
+                "recipe has no corpus section: add corpus, or set ppo.ptx_coef=0"
+            )
         for role in ("actor", "critic"):
-            ranks = self.resources.role(role).num_workers  # type: ignore[arg-type]
+            ranks = self.resources.role(role).num_workers
             if ppo.minibatch_size % ranks:
                 raise ValueError(
                     f"a minibatch of {ppo.minibatch_size} responses does not divide over "
@@ -474,7 +482,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         near = difflib.get_close_matches(
             str(file), [str(found) for found in sorted(file.parent.glob("*.y*ml"))], n=1, cutoff=0
         )
-        raise RecipeError(f"{file}: no such recipe" + (f"; did you mean {near[0]}?" if near else ""))
+        raise RecipeError(
+            f"{file}: no such recipe" + (f"; did you mean {near[0]}?" if near else "")
+        )
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -482,8 +492,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{file}: a recipe is a mapping with at least `name:`, "
-                          f"not {type(tree).__name__}")
+        raise RecipeError(
+            f"{file}: a recipe is a mapping with at least `name:`, not {type(tree).__name__}"
+        )
     for override in overrides:
         _apply(tree, override)
     return parse(tree, origin=str(file))
@@ -494,8 +505,10 @@ def parse(tree: Mapping[str, Any], *, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(found["loc"], found["type"], found["msg"], found.get("input"))
-                 for found in error.errors()]
+        lines = [
+            _explain(found["loc"], found["type"], found["msg"], found.get("input"))
+            for found in error.errors()
+        ]
         more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
         raise RecipeError(f"{origin}: " + "\n".join(lines[:2]) + more) from None
 

@@ -53,11 +53,16 @@ def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Return aligned columns; floats with three decimals, numbers to the right."""
     cells = [header, *[tuple(_cell(value) for value in row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(isinstance(row[i], int | float | None) for row in rows)
-               for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(w) if right else cell.ljust(w)
-                       for cell, w, right in zip(row, widths, numeric, strict=True)).rstrip()
-             for row in cells]
+    numeric = [
+        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w)
+            for cell, w, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -81,8 +86,11 @@ class Progress:
             self._line(f"{self.stage:>9} step {step:>5}  sample: {prompt} | {text}")
             return
         total = int(record.get("num_steps", 0))
-        shown = "  ".join(f"{label} {record[key]:.4g}" for key, label in self.keys.items()
-                          if record.get(key) is not None)
+        shown = "  ".join(
+            f"{label} {record[key]:.4g}"
+            for key, label in self.keys.items()
+            if record.get(key) is not None
+        )
         if self._bar is not None:
             self._bar.total, self._bar.n = total, step
             self._bar.set_postfix_str(shown)

@@ -40,9 +40,18 @@ class Completion:
 class Engine:
     """A vLLM engine: the whole vocabulary is sampled from, and every request has its own seed."""
 
-    def __init__(self, model_path: str, *, max_length: int, dtype: str = "float32",
-                 memory_gib: float = 0.25, seed: int = 0, num_threads: int = 1,
-                 tensor_parallel: int = 1, eos_token_id: int | None = None) -> None:
+    def __init__(  # noqa: PLR0913 (vLLM has these knobs)
+        self,
+        model_path: str,
+        *,
+        max_length: int,
+        dtype: str = "float32",
+        memory_gib: float = 0.25,
+        seed: int = 0,
+        num_threads: int = 1,
+        tensor_parallel: int = 1,
+        eos_token_id: int | None = None,
+    ) -> None:
         """Load a Hugging Face folder.
 
         `max_length` bounds prompt and response together (tokens); `memory_gib` is the KV cache;
@@ -63,16 +72,29 @@ class Engine:
         self.weight_version = 0
         self._shapes, self._tied = _parameters(model_path)
         self._llm = LLM(
-            model=model_path, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_length,
-            seed=seed, enforce_eager=not on_gpu, tensor_parallel_size=tensor_parallel,
+            model=model_path,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            max_model_len=max_length,
+            seed=seed,
+            enforce_eager=not on_gpu,
+            tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-            kv_cache_memory_bytes=int(memory_gib * 2**30), generation_config="vllm",
+            kv_cache_memory_bytes=int(memory_gib * 2**30),
+            generation_config="vllm",
             # The log-probs of what is sampled from: after the temperature, not before.
-            logprobs_mode="processed_logprobs", disable_log_stats=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float,
-                 seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
         """Sample one response per prompt (token ids), in the order of `prompts`.
 
         `seeds[i]` alone decides the random numbers of response i. A temperature of 0 is greedy.
@@ -81,22 +103,34 @@ class Engine:
         from vllm.inputs import TokensPrompt
 
         params = [
-            SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, logprobs=0,
-                           top_p=1.0, top_k=0, detokenize=False,
-                           stop_token_ids=[self.eos_token_id])
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                logprobs=0,
+                top_p=1.0,
+                top_k=0,
+                detokenize=False,
+                stop_token_ids=[self.eos_token_id],
+            )
             for seed in seeds
         ]
         outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts], params, use_tqdm=False)
+            [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts], params, use_tqdm=False
+        )
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def _completion(self, output: Any) -> Completion:
         if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}, not with "
-                               "stop or length: see the log of the rollout worker")
+            raise RuntimeError(
+                f"vLLM ended a response with {output.finish_reason!r}, not with "
+                "stop or length: see the log of the rollout worker"
+            )
         token_ids = list(output.token_ids)
-        log_probs = [float(entry[token].logprob)
-                     for entry, token in zip(output.logprobs, token_ids, strict=True)]
+        log_probs = [
+            float(entry[token].logprob)
+            for entry, token in zip(output.logprobs, token_ids, strict=True)
+        ]
         return Completion(token_ids, log_probs, output.finish_reason, self.weight_version)
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> int:
@@ -113,8 +147,10 @@ class Engine:
             if name not in tensors:
                 raise ValueError(f"weights of version {version} lack {name}")
             if tensors[name].shape != shape:
-                raise ValueError(f"weights of version {version}: {name} has the shape "
-                                 f"{tuple(tensors[name].shape)}, not {tuple(shape)}")
+                raise ValueError(
+                    f"weights of version {version}: {name} has the shape "
+                    f"{tuple(tensors[name].shape)}, not {tuple(shape)}"
+                )
         ordered = [(name, tensors[name]) for name in self._shapes]
         # On CPU a tied head is a repacked copy of the embedding, and stays old unless it is sent.
         ordered += [(name, tensors[source]) for name, source in self._tied.items()]
@@ -139,5 +175,6 @@ def _parameters(model_path: str) -> tuple[dict[str, torch.Size], dict[str, str]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return shapes, {name: source for name, source in model.all_tied_weights_keys.items()
-                    if source in shapes}
+    return shapes, {
+        name: source for name, source in model.all_tied_weights_keys.items() if source in shapes
+    }

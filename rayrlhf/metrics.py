@@ -39,8 +39,14 @@ class MetricsLogger:
     `num_steps` is the last step, for the progress bar at the terminal.
     """
 
-    def __init__(self, stage_dir: str | Path, *, start_step: int = 0, num_steps: int | None = None,
-                 trackers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        stage_dir: str | Path,
+        *,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        trackers: tuple[str, ...] = (),
+    ) -> None:
         self.dir = Path(stage_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.num_steps = num_steps
@@ -55,7 +61,12 @@ class MetricsLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of `step` (floats; NaN is written as null)."""
         total = {} if self.num_steps is None else {"num_steps": self.num_steps}
-        line = {"step": step, "time": time.time(), **total, **{k: _finite(v) for k, v in metrics.items()}}
+        line = {
+            "step": step,
+            "time": time.time(),
+            **total,
+            **{k: _finite(v) for k, v in metrics.items()},
+        }
         _append(self._file, line)
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -80,8 +91,9 @@ class MetricsLogger:
 
 
 @contextmanager
-def follow(stage_dir: str | Path, show: Callable[[str, dict[str, Any]], None],
-           *, interval_s: float = 0.5) -> Iterator[None]:
+def follow(
+    stage_dir: str | Path, show: Callable[[str, dict[str, Any]], None], *, interval_s: float = 0.5
+) -> Iterator[None]:
     """Call `show("metrics" | "samples", record)` for every line that the block's work appends.
 
     Lines that are there before the block starts are not shown. Reading goes on in a thread, every
@@ -97,12 +109,12 @@ def follow(stage_dir: str | Path, show: Callable[[str, dict[str, Any]], None],
             if not path.exists():
                 continue
             if path.stat().st_size < offsets[kind]:
-                offsets[kind] = 0                       # a resumed run removed lines
+                offsets[kind] = 0  # a resumed run removed lines
             with path.open("rb") as file:
                 file.seek(offsets[kind])
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break                           # half-written; read again next time
+                        break  # half-written; read again next time
                     offsets[kind] += len(line)
                     record = json.loads(line)
                     if record["time"] > seen[kind]:

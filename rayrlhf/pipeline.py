@@ -16,9 +16,14 @@ SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
     "sft": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
     "reward": {"loss": "loss", "pair_accuracy": "accuracy", "learning_rate": "lr"},
-    "ppo": {"reward/score_mean": "score", "kl/ref_per_response": "KL", "kl/coef": "beta",
-            "policy/entropy": "entropy", "rollout/response_length": "length",
-            "time/step_s": "s"},
+    "ppo": {
+        "reward/score_mean": "score",
+        "kl/ref_per_response": "KL",
+        "kl/coef": "beta",
+        "policy/entropy": "entropy",
+        "rollout/response_length": "length",
+        "time/step_s": "s",
+    },
 }
 
 
@@ -30,8 +35,9 @@ def prepare(recipe: Recipe) -> None:
     builtin.prepare(recipe)
     session.connect(recipe)
     for stage in recipe.stages:
-        session.require(recipe.resources.bundles(stage), wait_s=recipe.resources.wait_s,
-                        stage=stage)
+        session.require(
+            recipe.resources.bundles(stage), wait_s=recipe.resources.wait_s, stage=stage
+        )
 
 
 @contextmanager
@@ -43,8 +49,10 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     """
     for before in lineage.UPSTREAM[stage]:
         if before in recipe.stages and not (recipe.path / lineage.OUTPUTS[before]).exists():
-            raise RecipeError(f"{stage} reads {recipe.path / lineage.OUTPUTS[before]}, which is not "
-                              f"there yet: run `rayrlhf {before}` or `rayrlhf pipeline` first")
+            raise RecipeError(
+                f"{stage} reads {recipe.path / lineage.OUTPUTS[before]}, which is not "
+                f"there yet: run `rayrlhf {before}` or `rayrlhf pipeline` first"
+            )
     read = lineage.inputs(recipe, stage, stage_files(recipe, stage))
     if lineage.is_current(recipe, stage, read):
         console.say(f"{stage:>9} unchanged, nothing to do")
@@ -53,10 +61,12 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     folder = recipe.path / Path(lineage.OUTPUTS[stage]).parts[0]
     _begin(recipe, stage, folder, read)
     (recipe.path / "recipe.yaml").write_text(
-        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
     started = time.monotonic()
-    progress = console.Progress(stage, _interval(recipe, stage), SHOWN[stage]) if stage in SHOWN \
-        else None
+    progress = (
+        console.Progress(stage, _interval(recipe, stage), SHOWN[stage]) if stage in SHOWN else None
+    )
     if progress is None:
         yield True
     else:
@@ -75,13 +85,19 @@ def stage_files(recipe: Recipe, stage: str) -> dict[str, Path]:
     named: dict[str, str | None] = {}
     if stage == "corpus" and recipe.corpus is not None:
         for source, cfg in recipe.corpus.sources.items():
-            named |= {f"{source}.train": cfg.path, f"{source}.validation": cfg.validation,
-                      f"{source}.test": cfg.test}
+            named |= {
+                f"{source}.train": cfg.path,
+                f"{source}.validation": cfg.validation,
+                f"{source}.test": cfg.test,
+            }
     if stage == "sft" and recipe.sft is not None:
         named = {"train": recipe.sft.train, "validation": recipe.sft.validation}
     if stage == "reward" and recipe.reward is not None:
-        named = {"train": recipe.reward.train, "validation": recipe.reward.validation,
-                 "demonstrations": recipe.reward.demonstrations}
+        named = {
+            "train": recipe.reward.train,
+            "validation": recipe.reward.validation,
+            "demonstrations": recipe.reward.demonstrations,
+        }
     if stage == "ppo" and recipe.ppo is not None:
         named = {"prompts": recipe.ppo.prompts}
     if stage == "evaluate" and recipe.evaluate is not None:
@@ -91,10 +107,16 @@ def stage_files(recipe: Recipe, stage: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for key, path in named.items():
         if path is not None:
-            found = sorted(glob.glob(builtin.resolve(path))) if key != "init" \
+            found = (
+                sorted(glob.glob(builtin.resolve(path)))
+                if key != "init"
                 else [builtin.resolve(path)]
-            files |= {f"{stage}.{key}.{i}": Path(name) for i, name in enumerate(found)
-                      if Path(name).exists()}
+            )
+            files |= {
+                f"{stage}.{key}.{i}": Path(name)
+                for i, name in enumerate(found)
+                if Path(name).exists()
+            }
     return files
 
 

@@ -23,8 +23,14 @@ def connect(recipe: Recipe) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False} if address == "local" else {}
     env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
-    ray.init(address=address, log_to_driver=False, logging_level="warning",
-             namespace=f"rayrlhf-{recipe.name}", runtime_env={"env_vars": env}, **local)
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level="warning",
+        namespace=f"rayrlhf-{recipe.name}",
+        runtime_env={"env_vars": env},
+        **local,
+    )
 
 
 def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") -> None:
@@ -59,19 +65,29 @@ def shortage(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> str | None:
         wanted = sum(bundle.get(resource, 0) for bundle in bundles)
         have = sum(node.get(resource, 0) for node in free)
         if wanted > have + 1e-9:
-            return (f"{wanted:g} {resource} asked for, {have:g} registered on {len(free)} node(s): "
-                    f"lower resources.*, or add nodes with {resource}")
+            return (
+                f"{wanted:g} {resource} asked for, {have:g} registered on {len(free)} node(s): "
+                f"lower resources.*, or add nodes with {resource}"
+            )
     for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0), -b.get("CPU", 0))):
-        place = next((node for node in free
-                      if all(node.get(name, 0) + 1e-9 >= amount
-                             for name, amount in bundle.items())), None)
+        place = next(
+            (
+                node
+                for node in free
+                if all(node.get(name, 0) + 1e-9 >= amount for name, amount in bundle.items())
+            ),
+            None,
+        )
         if place is None:
             asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            largest = {name: max((node.get(name, 0) for node in free), default=0)
-                       for name in bundle}
+            largest = {
+                name: max((node.get(name, 0) for node in free), default=0) for name in bundle
+            }
             short = next((name for name, amount in bundle.items() if largest[name] < amount), "CPU")
-            return (f"a worker asks for {asked} on one node, but no node has that much {short} "
-                    f"left ({largest[short]:g}): lower resources.*, or add a larger node")
+            return (
+                f"a worker asks for {asked} on one node, but no node has that much {short} "
+                f"left ({largest[short]:g}): lower resources.*, or add a larger node"
+            )
         for name, amount in bundle.items():
             place[name] = place.get(name, 0) - amount
     return None

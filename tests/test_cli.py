@@ -22,8 +22,9 @@ def test_a_stage_that_the_recipe_lacks_exits_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.yaml"
-    file.write_text(f"name: toy\nrun_dir: {tmp_path}/run\nmodel: {{path: m}}\n"
-                    "sft: {train: demos.jsonl}\n")
+    file.write_text(
+        f"name: toy\nrun_dir: {tmp_path}/run\nmodel: {{path: m}}\nsft: {{train: demos.jsonl}}\n"
+    )
     assert cli.main(["ppo", str(file)]) == 2
     assert "no section ppo" in capsys.readouterr().err
 
@@ -32,8 +33,10 @@ def test_a_stage_before_its_input_exits_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.yaml"
-    file.write_text(f"name: toy\nrun_dir: {tmp_path}/run\npretrain: {{}}\n"
-                    "corpus: {sources: {m: {path: m.jsonl}}}\n")
+    file.write_text(
+        f"name: toy\nrun_dir: {tmp_path}/run\npretrain: {{}}\n"
+        "corpus: {sources: {m: {path: m.jsonl}}}\n"
+    )
     assert cli.main(["pretrain", str(file)]) == 2
     assert "run `rayrlhf corpus`" in capsys.readouterr().err
 
@@ -49,8 +52,9 @@ def test_anything_else_exits_1_and_keeps_the_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "toy.yaml"
-    file.write_text(f"name: toy\nrun_dir: {tmp_path}/run\nmodel: {{path: m}}\n"
-                    "sft: {train: demos.jsonl}\n")
+    file.write_text(
+        f"name: toy\nrun_dir: {tmp_path}/run\nmodel: {{path: m}}\nsft: {{train: demos.jsonl}}\n"
+    )
 
     def fail(command: str, recipe: object) -> int:
         raise OSError("the disk is full")
@@ -84,7 +88,11 @@ def test_progress_prints_a_line_per_interval(capsys: pytest.CaptureFixture[str])
     progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("step")[1].split("/")[0].strip() for line in lines[:4]] == [
-        "1", "10", "20", "25"]
+        "1",
+        "10",
+        "20",
+        "25",
+    ]
     assert "loss 1.5" in lines[0]
     assert lines[4].endswith("sample: The film | is good")
 

@@ -42,8 +42,14 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(MINIMAL))
     recipe = config.load(
         file,
-        ["ppo.steps=7", "ppo.actor.learning_rate=1e-3", "sft=null", "tracking=[tensorboard]",
-         "resources.actor.num_workers=2", "run_dir=/tmp/x"],
+        [
+            "ppo.steps=7",
+            "ppo.actor.learning_rate=1e-3",
+            "sft=null",
+            "tracking=[tensorboard]",
+            "resources.actor.num_workers=2",
+            "run_dir=/tmp/x",
+        ],
     )
     assert recipe.ppo is not None
     assert recipe.ppo.steps == 7
@@ -60,16 +66,20 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         ({"pretran": {}}, ["unknown key pretran", "did you mean pretrain?"]),
         ({"sft": {"train": "x", "lerning_rate": 1}}, ["did you mean sft.learning_rate?"]),
         ({"ppo": {"prompts": "x", "actor": {"lr": 1}}}, ["unknown key ppo.actor.lr"]),
-        ({"corpus": {"sources": {"m": {"path": "x", "epoch": 1}}}},
-         ["did you mean corpus.sources.m.epochs?"]),
+        (
+            {"corpus": {"sources": {"m": {"path": "x", "epoch": 1}}}},
+            ["did you mean corpus.sources.m.epochs?"],
+        ),
         ({"sft": {}}, ["sft.train is missing", "add it"]),
         ({"sft": {"train": "x", "batch_size": 0}}, ["sft.batch_size=0", "greater than 0"]),
         ({"pretrain": {"zero_stage": 2}}, ["zero_stage=2", "set backend=deepspeed"]),
         ({"model": {"hidden_size": 190}}, ["model.hidden_size=190", "set hidden_size=186"]),
         ({"model": {"num_heads": 4, "num_kv_heads": 3}}, ["set num_kv_heads=4"]),
         ({"model": {"num_heads": 4, "num_kv_heads": 4}}, ["= 48 is a head size", "change one"]),
-        ({"corpus": {"sources": {"m": {"path": "x"}}, "row_length": 256}},
-         ["corpus.row_length=256", "model.max_length=128"]),
+        (
+            {"corpus": {"sources": {"m": {"path": "x"}}, "row_length": 256}},
+            ["corpus.row_length=256", "model.max_length=128"],
+        ),
         ({"ppo": {"prompts": "x", "batch_size": 10}}, ["10 responses", "ppo.num_minibatches=8"]),
         ({"ppo": {"prompts": "x", "max_response_tokens": 128}}, ["leaves no room for a prompt"]),
         ({"corpus": None}, ["no corpus section"]),
@@ -86,8 +96,13 @@ def test_errors_name_the_value_and_the_fix(changes: dict[str, Any], says: list[s
 
 
 def test_ptx_needs_a_corpus() -> None:
-    tree = {**MINIMAL, "model": {"path": "x"}, "pretrain": None, "corpus": None,
-            "ppo": {"prompts": "x", "ptx_coef": 0.5}}
+    tree = {
+        **MINIMAL,
+        "model": {"path": "x"},
+        "pretrain": None,
+        "corpus": None,
+        "ppo": {"prompts": "x", "ptx_coef": 0.5},
+    }
     with pytest.raises(config.RecipeError, match=r"ppo\.ptx_coef=0\.5.*no corpus section"):
         config.parse(tree)
 
@@ -131,10 +146,24 @@ def test_every_field_says_what_it_is() -> None:
                     found |= sections(kind)
         return found
 
-    obvious = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size",
-               "batch_size", "actor", "critic", "reference", "reward", "rollout"}
+    obvious = {
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "intermediate_size",
+        "batch_size",
+        "actor",
+        "critic",
+        "reference",
+        "reward",
+        "rollout",
+    }
     for section in sections(config.Recipe):
         assert section.__doc__
     documented = config.PPOConfig.model_fields
-    assert all(field.description for name, field in documented.items()
-               if name not in obvious | {"whiten_advantages", "gamma", "keep_checkpoints"})
+    assert all(
+        field.description
+        for name, field in documented.items()
+        if name not in obvious | {"whiten_advantages", "gamma", "keep_checkpoints"}
+    )

@@ -16,13 +16,29 @@ from rayrlhf.metrics import read_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = ("pretrain", "sft", "reward", "ppo")
-PPO_METRICS = (
-    "reward/score_mean reward/score_std kl/ref_per_response kl/coef kl/rollout_mismatch "
-    "policy/loss policy/clip_fraction policy/approx_kl policy/entropy value/loss "
-    "value/clip_fraction value/explained_variance rollout/response_length "
-    "rollout/truncated_fraction rollout/tokens_per_s time/rollout_s time/evaluate_s "
-    "time/update_s time/sync_s time/step_s weights/version"
-).split()
+PPO_METRICS = [
+    "reward/score_mean",
+    "reward/score_std",
+    "kl/ref_per_response",
+    "kl/coef",
+    "kl/rollout_mismatch",
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/entropy",
+    "value/loss",
+    "value/clip_fraction",
+    "value/explained_variance",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/tokens_per_s",
+    "time/rollout_s",
+    "time/evaluate_s",
+    "time/update_s",
+    "time/sync_s",
+    "time/step_s",
+    "weights/version",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +54,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
     """Return the metrics that a rerun must repeat: all but the clock's."""
     return [
-        {key: value for key, value in record.items()
-         if not key.startswith(("time", "perf/")) and not key.endswith("tokens_per_s")}
+        {
+            key: value
+            for key, value in record.items()
+            if not key.startswith(("time", "perf/")) and not key.endswith("tokens_per_s")
+        }
         for record in read_jsonl(run / stage / "metrics.jsonl")
     ]
 
 
 def test_the_run_directory_is_as_designed(finished: tuple[Path, str]) -> None:
     run = finished[0].parent / "run"
-    for name in ("recipe.yaml", "lineage.json", "report.html", "corpus/manifest.json",
-                 "tokenizer/tokenizer.json", "evaluation/results.json"):
+    for name in (
+        "recipe.yaml",
+        "lineage.json",
+        "report.html",
+        "corpus/manifest.json",
+        "tokenizer/tokenizer.json",
+        "evaluation/results.json",
+    ):
         assert (run / name).is_file(), name
     assert list((run / "corpus").glob("*.arrow"))
     assert list((run / "evaluation").glob("*.png"))
@@ -101,8 +126,13 @@ def test_a_second_run_does_nothing(finished: tuple[Path, str]) -> None:
 def run_and_kill(recipe: Path, stage: str, step: int) -> None:
     """Start the pipeline, and kill its whole process group once `stage` has passed `step`."""
     log = (recipe.parent / "killed.log").open("a")
-    process = subprocess.Popen(toy.command("pipeline", recipe), env=toy.environment(),
-                               stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        toy.command("pipeline", recipe),
+        env=toy.environment(),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     path = recipe.parent / "run" / stage / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while len(read_jsonl(path)) < step:
@@ -135,17 +165,40 @@ def test_ray_job_submit(tmp_path: Path) -> None:
     env.pop("RAY_ADDRESS")
     bin_dir = Path(toy.command()[0]).parent
     head = subprocess.Popen(
-        [bin_dir / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
-         f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--disable-usage-stats"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        [
+            bin_dir / "ray",
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=4",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={temp}",
+            "--disable-usage-stats",
+        ],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        submit = [bin_dir / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}",
-                  "--working-dir", str(Path(__file__).parents[1]), "--",
-                  toy.command()[0], "jobs/pipeline.py", recipe]
+        submit = [
+            bin_dir / "ray",
+            "job",
+            "submit",
+            f"--address=http://127.0.0.1:{dashboard}",
+            "--working-dir",
+            str(Path(__file__).parents[1]),
+            "--",
+            toy.command()[0],
+            "jobs/pipeline.py",
+            recipe,
+        ]
         deadline = time.monotonic() + 120
         while True:
-            done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=600,
-                                  check=False)
+            done = subprocess.run(
+                submit, env=env, capture_output=True, text=True, timeout=600, check=False
+            )
             if "Failed to connect" not in done.stdout + done.stderr:
                 break
             assert time.monotonic() < deadline, done.stderr

@@ -78,8 +78,13 @@ print("RESULT" + json.dumps(out))
 
 
 def test_request_seeds_are_distinct_and_reproducible() -> None:
-    places = [(seed, step, prompt, sample) for seed in range(2) for step in range(5)
-              for prompt in range(20) for sample in range(4)]
+    places = [
+        (seed, step, prompt, sample)
+        for seed in range(2)
+        for step in range(5)
+        for prompt in range(20)
+        for sample in range(4)
+    ]
     seeds = [request_seed(*place) for place in places]
     assert len(set(seeds)) == len(places)
     assert seeds == [request_seed(*place) for place in places]
@@ -89,11 +94,17 @@ def test_request_seeds_are_distinct_and_reproducible() -> None:
 @pytest.fixture(scope="module")
 def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run SCRIPT on two models of one shape."""
-    first, changed = (engine_model(tmp_path_factory.mktemp("engine"), tiny_model, seed=seed)
-                      for seed in (0, 5))
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(first), str(changed)],
-                          cwd=Path(__file__).parents[1], capture_output=True, text=True,
-                          timeout=300, check=False)
+    first, changed = (
+        engine_model(tmp_path_factory.mktemp("engine"), tiny_model, seed=seed) for seed in (0, 5)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(first), str(changed)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
@@ -103,7 +114,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.slow
 def test_sampling_is_reproducible_whatever_stands_beside_it(found: dict[str, Any]) -> None:
     assert found["rerun"] and found["order"]
-    assert found["distinct"] == 24                     # one prompt, 24 seeds
+    assert found["distinct"] == 24  # one prompt, 24 seeds
 
 
 @pytest.mark.slow

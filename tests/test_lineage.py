@@ -10,11 +10,16 @@ from rayrlhf.config import Recipe
 def toy(folder: Path, **changes: Any) -> Recipe:
     (folder / "movies.jsonl").write_text('{"text": "A film."}\n')
     (folder / "demos.jsonl").write_text('{"prompt": "A", "response": " film."}\n')
-    return config.parse({
-        "name": "toy", "run_dir": str(folder / "run"),
-        "corpus": {"sources": {"movies": {"path": str(folder / "*.jsonl")}}},
-        "pretrain": {}, "sft": {"train": str(folder / "demos.jsonl")}, **changes,
-    })
+    return config.parse(
+        {
+            "name": "toy",
+            "run_dir": str(folder / "run"),
+            "corpus": {"sources": {"movies": {"path": str(folder / "*.jsonl")}}},
+            "pretrain": {},
+            "sft": {"train": str(folder / "demos.jsonl")},
+            **changes,
+        }
+    )
 
 
 def finish(recipe: Recipe, stage: str, text: str = "x") -> bool:

@@ -27,7 +27,11 @@ def test_resume_drops_lines_after_the_checkpoint(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, start_step=3) as log:
         log.log(4, {"loss": 40})
     assert [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == [
-        (1, 1), (2, 2), (3, 3), (4, 40)]
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
     assert [r["text"] for r in read_jsonl(tmp_path / "samples.jsonl")] == ["1", "2", "3"]
 
 
@@ -35,12 +39,14 @@ def test_follow_shows_new_lines_once(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as log:
         log.log(1, {"loss": 1})
     shown: list[tuple[str, int]] = []
-    with follow(tmp_path, lambda kind, r: shown.append((kind, r["step"])), interval_s=0.01):
-        with MetricsLogger(tmp_path, start_step=1) as log:
-            log.log(2, {"loss": 2})
-            time.sleep(0.05)
-            log.log(3, {"loss": 3})
-            log.sample(3, {"prompt": "p", "text": "t"})
+    with (
+        follow(tmp_path, lambda kind, r: shown.append((kind, r["step"])), interval_s=0.01),
+        MetricsLogger(tmp_path, start_step=1) as log,
+    ):
+        log.log(2, {"loss": 2})
+        time.sleep(0.05)
+        log.log(3, {"loss": 3})
+        log.sample(3, {"prompt": "p", "text": "t"})
     assert [s for s in shown if s[0] == "metrics"] == [("metrics", 2), ("metrics", 3)]
     assert ("samples", 3) in shown
 

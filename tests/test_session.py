@@ -22,8 +22,9 @@ GPUS = {"CPU": 16.0, "GPU": 8.0}
         ([{"GPU": 3.0, "CPU": 1.0}] * 4, [GPUS, GPUS], None),
     ],
 )
-def test_shortage(bundles: list[dict[str, float]], nodes: list[dict[str, float]],
-                  says: str | None) -> None:
+def test_shortage(
+    bundles: list[dict[str, float]], nodes: list[dict[str, float]], says: str | None
+) -> None:
     found = shortage(bundles, nodes)
     if says is None:
         assert found is None

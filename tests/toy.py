@@ -35,19 +35,28 @@ def write_records(folder: Path, *, seed: int = 0) -> None:
     for split, count in (("train", 600), ("test", 60)):
         texts = [sentence(rng) for _ in range(count)]
         write(f"corpus.{split}", [{"text": f"{o}{r} {i}"} for i, (o, r, _) in enumerate(texts)])
-    write("demonstrations", [
-        {"prompt": o, "response": r} for o, r, rating in map(sentence, [rng] * 80) if rating > 0
-    ])
+    write(
+        "demonstrations",
+        [{"prompt": o, "response": r} for o, r, rating in map(sentence, [rng] * 80) if rating > 0],
+    )
     for split, count in (("train", 48), ("test", 12)):
         groups = [[sentence(rng) for _ in range(4)] for _ in range(count)]
-        write(f"comparisons.{split}", [
-            {"prompt": "Review:", "responses": [f" {o}{r}" for o, r, _ in group],
-             "ranks": [1 if rating > 0 else 2 for *_, rating in group],
-             "ratings": [float(rating) for *_, rating in group], "source": "toy"}
-            for group in groups
-        ])
-    write("prompts", [{"prompt": f"Review: {sentence(rng)[0]}", "source": "toy"}
-                      for _ in range(40)])
+        write(
+            f"comparisons.{split}",
+            [
+                {
+                    "prompt": "Review:",
+                    "responses": [f" {o}{r}" for o, r, _ in group],
+                    "ranks": [1 if rating > 0 else 2 for *_, rating in group],
+                    "ratings": [float(rating) for *_, rating in group],
+                    "source": "toy",
+                }
+                for group in groups
+            ],
+        )
+    write(
+        "prompts", [{"prompt": f"Review: {sentence(rng)[0]}", "source": "toy"} for _ in range(40)]
+    )
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -56,27 +65,69 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "name": "toy",
         "run_dir": str(folder / "run"),
         "tokenizer": {"vocab_size": 320},
-        "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-                  "intermediate_size": 128, "max_length": 48},
+        "model": {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+            "intermediate_size": 128,
+            "max_length": 48,
+        },
         "resources": {"cpus_per_worker": 0.5},
-        "corpus": {"row_length": 48, "sources": {"toy": {
-            "path": str(folder / "corpus.train.jsonl"),
-            "validation": str(folder / "corpus.test.jsonl"),
-            "test": str(folder / "corpus.test.jsonl")}}},
-        "pretrain": {"batch_size": 8, "learning_rate": 3e-3, "max_steps": 24, "save_every": 5,
-                     "log_every": 10, "num_samples": 2, "sample_prompts": ["The film"]},
-        "sft": {"train": str(folder / "demonstrations.jsonl"), "batch_size": 8, "epochs": 2,
-                "learning_rate": 1e-3, "save_every": 5},
-        "reward": {"train": str(folder / "comparisons.train.jsonl"),
-                   "validation": str(folder / "comparisons.test.jsonl"), "batch_size": 4,
-                   "epochs": 2, "learning_rate": 3e-3, "save_every": 5},
-        "ppo": {"prompts": str(folder / "prompts.jsonl"), "steps": 6, "batch_size": 8,
-                "max_response_tokens": 12, "num_minibatches": 2, "save_every": 2,
-                "sample_every": 3, "ptx_coef": 0.1, "ptx_batch_size": 4,
-                "actor": {"learning_rate": 1e-3}, "critic": {"learning_rate": 1e-3}},
-        "evaluate": {"prompts": str(folder / "prompts.jsonl"),
-                     "comparisons": str(folder / "comparisons.test.jsonl"),
-                     "num_prompts": 8, "max_response_tokens": 12, "num_samples": 3},
+        "corpus": {
+            "row_length": 48,
+            "sources": {
+                "toy": {
+                    "path": str(folder / "corpus.train.jsonl"),
+                    "validation": str(folder / "corpus.test.jsonl"),
+                    "test": str(folder / "corpus.test.jsonl"),
+                }
+            },
+        },
+        "pretrain": {
+            "batch_size": 8,
+            "learning_rate": 3e-3,
+            "max_steps": 24,
+            "save_every": 5,
+            "log_every": 10,
+            "num_samples": 2,
+            "sample_prompts": ["The film"],
+        },
+        "sft": {
+            "train": str(folder / "demonstrations.jsonl"),
+            "batch_size": 8,
+            "epochs": 2,
+            "learning_rate": 1e-3,
+            "save_every": 5,
+        },
+        "reward": {
+            "train": str(folder / "comparisons.train.jsonl"),
+            "validation": str(folder / "comparisons.test.jsonl"),
+            "batch_size": 4,
+            "epochs": 2,
+            "learning_rate": 3e-3,
+            "save_every": 5,
+        },
+        "ppo": {
+            "prompts": str(folder / "prompts.jsonl"),
+            "steps": 6,
+            "batch_size": 8,
+            "max_response_tokens": 12,
+            "num_minibatches": 2,
+            "save_every": 2,
+            "sample_every": 3,
+            "ptx_coef": 0.1,
+            "ptx_batch_size": 4,
+            "actor": {"learning_rate": 1e-3},
+            "critic": {"learning_rate": 1e-3},
+        },
+        "evaluate": {
+            "prompts": str(folder / "prompts.jsonl"),
+            "comparisons": str(folder / "comparisons.test.jsonl"),
+            "num_prompts": 8,
+            "max_response_tokens": 12,
+            "num_samples": 3,
+        },
     }
     return {**tree, **changes}
 
@@ -101,5 +152,11 @@ def environment() -> dict[str, str]:
 
 def run(*args: str | Path, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Run `rayrlhf` to its end, without a terminal."""
-    return subprocess.run(command(*args), env=environment(), capture_output=True, text=True,
-                          timeout=timeout_s, check=False)
+    return subprocess.run(
+        command(*args),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

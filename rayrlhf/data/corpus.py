@@ -68,12 +68,15 @@ def build_corpus(recipe: Recipe) -> Path:
     new = Path(tempfile.mkdtemp(prefix=".corpus-", dir=recipe.path.resolve()))
     try:
         rules = Rules(
-            seed=recipe.seed, row_length=config.row_length, rows_per_shard=config.rows_per_shard,
+            seed=recipe.seed,
+            row_length=config.row_length,
+            rows_per_shard=config.rows_per_shard,
             min_chars=config.min_chars,
             num_buckets=math.ceil(inputs.train_bytes / BYTES_PER_BUCKET),
             epochs={name: source.epochs for name, source in config.sources.items()},
             tokenizer=str((recipe.path / "tokenizer").resolve()),
-            eos_id=int(tokenizer.eos_token_id), folder=str(new),
+            eos_id=int(tokenizer.eos_token_id),
+            folder=str(new),
         )
         session.connect(recipe)
         accounts = _run(rules, pieces_of(inputs), inputs.held_out)
@@ -92,8 +95,11 @@ def check_inputs(config: CorpusConfig) -> Inputs:
     """Read every document of every file once; raises RecipeError with file and line."""
     inputs = Inputs()
     for name, source in config.sources.items():
-        for split, path in (("train", source.path), ("validation", source.validation),
-                            ("test", source.test)):
+        for split, path in (
+            ("train", source.path),
+            ("validation", source.validation),
+            ("test", source.test),
+        ):
             if path is None:
                 continue
             files = inputs.files[name, split] = files_of(path)
@@ -121,8 +127,10 @@ def pieces_of(inputs: Inputs) -> list[Piece]:
                 size = file.stat().st_size
                 ends = [*range(BYTES_PER_PIECE, size, BYTES_PER_PIECE), size]
             starts = [0, *ends[:-1]]
-            pieces += [Piece(source, split, str(file.resolve()), start, end)
-                       for start, end in zip(starts, ends, strict=True)]
+            pieces += [
+                Piece(source, split, str(file.resolve()), start, end)
+                for start, end in zip(starts, ends, strict=True)
+            ]
     return pieces
 
 
@@ -138,11 +146,14 @@ def _run(rules: Rules, pieces: list[Piece], held_out: set[bytes]) -> list[dict[s
     full = sum(piece.end - piece.start >= BYTES_PER_PIECE for piece in pieces)
     blocks = min(len(items), max(cpus, full))
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        documents.tokenize_pieces, batch_size=None, batch_format="numpy",
+        documents.tokenize_pieces,
+        batch_size=None,
+        batch_format="numpy",
         fn_kwargs={"rules": rules, "held_out_ref": ray.put(frozenset(held_out))},
     )
     packed = dataset.groupby("group").map_groups(
-        documents.pack_group, batch_format="pyarrow", fn_kwargs={"rules": rules})
+        documents.pack_group, batch_format="pyarrow", fn_kwargs={"rules": rules}
+    )
     accounts = [json.loads(row["account"]) for row in packed.take_all()]
     return sorted(accounts, key=lambda account: str(account["group"]))
 
@@ -161,16 +172,22 @@ def _tokenizer_texts(inputs: Inputs) -> Iterator[str]:
                     yield text
 
 
-def _manifest(
-    rules: Rules, inputs: Inputs, accounts: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(rules: Rules, inputs: Inputs, accounts: list[dict[str, Any]]) -> dict[str, Any]:
     """Add the groups up per split, and check that every token is accounted for."""
     splits: dict[str, dict[str, Any]] = {}
     for account in accounts:
         split = str(account["group"]).partition("/")[0]
-        total = splits.setdefault(split, {
-            "rows": 0, "document_tokens": 0, "delimiters": 0, "tail_tokens_dropped": 0,
-            "shards": [], "sources": {}})
+        total = splits.setdefault(
+            split,
+            {
+                "rows": 0,
+                "document_tokens": 0,
+                "delimiters": 0,
+                "tail_tokens_dropped": 0,
+                "shards": [],
+                "sources": {},
+            },
+        )
         for key in ("rows", "document_tokens", "delimiters", "tail_tokens_dropped", "shards"):
             total[key] += account[key]
         for source, counts in account["sources"].items():
@@ -180,8 +197,12 @@ def _manifest(
         tokens_out = total["rows"] * rules.row_length + total["tail_tokens_dropped"]
         assert tokens_in == tokens_out, f"{split}: {tokens_in} tokens in, {tokens_out} out"
     return {
-        "format": 1, "seed": rules.seed, "row_length": rules.row_length, "eos_id": rules.eos_id,
-        "epochs": dict(rules.epochs), "splits": splits,
+        "format": 1,
+        "seed": rules.seed,
+        "row_length": rules.row_length,
+        "eos_id": rules.eos_id,
+        "epochs": dict(rules.epochs),
+        "splits": splits,
         "tokenizer_sha256": _sha256(Path(rules.tokenizer) / "tokenizer.json"),
         "inputs": inputs.hashes,
     }
@@ -191,16 +212,20 @@ def _add(total: dict[str, Any] | None, counts: dict[str, Any]) -> dict[str, Any]
     """Add nested counts."""
     if total is None:
         return counts
-    return {key: _add(total[key], value) if isinstance(value, dict) else total[key] + value
-            for key, value in counts.items()}
+    return {
+        key: _add(total[key], value) if isinstance(value, dict) else total[key] + value
+        for key, value in counts.items()
+    }
 
 
 def _check_rows(manifest: dict[str, Any], config: CorpusConfig) -> None:
     for split, total in manifest["splits"].items():
         if not total["rows"]:
             tokens = total["document_tokens"] + total["delimiters"]
-            raise RecipeError(f"{split} has only {tokens} tokens, less than one row of "
-                              f"corpus.row_length={config.row_length}: add documents or lower it")
+            raise RecipeError(
+                f"{split} has only {tokens} tokens, less than one row of "
+                f"corpus.row_length={config.row_length}: add documents or lower it"
+            )
 
 
 def _name_shards(folder: Path, manifest: dict[str, Any]) -> None:
@@ -228,15 +253,34 @@ def _report(manifest: dict[str, Any]) -> None:
     rows = []
     for split, total in manifest["splits"].items():
         for source, counts in total["sources"].items():
-            rows.append((split.partition("-")[0], source, counts["read"],
-                         *counts["dropped"].values(), counts["in_mixture"], counts["tokens"]))
-    header = ("split", "source", "documents", *("- " + rule.replace("_", " ") for rule in (
-        documents.TOO_SHORT, documents.HELD_OUT, documents.DUPLICATE)), "in mixture", "tokens")
+            rows.append(
+                (
+                    split.partition("-")[0],
+                    source,
+                    counts["read"],
+                    *counts["dropped"].values(),
+                    counts["in_mixture"],
+                    counts["tokens"],
+                )
+            )
+    header = (
+        "split",
+        "source",
+        "documents",
+        *(
+            "- " + rule.replace("_", " ")
+            for rule in (documents.TOO_SHORT, documents.HELD_OUT, documents.DUPLICATE)
+        ),
+        "in mixture",
+        "tokens",
+    )
     console.say(console.table(header, rows))
     train = manifest["splits"]["train"]
-    console.say(f"corpus: {train['rows']} rows of {manifest['row_length']} tokens = "
-                f"{train['document_tokens']} document tokens + {train['delimiters']} delimiters "
-                f"- {train['tail_tokens_dropped']} in an unfinished row")
+    console.say(
+        f"corpus: {train['rows']} rows of {manifest['row_length']} tokens = "
+        f"{train['document_tokens']} document tokens + {train['delimiters']} delimiters "
+        f"- {train['tail_tokens_dropped']} in an unfinished row"
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -22,9 +22,20 @@ from rayrlhf.data.records import Kind, Record, iter_records, read_records
 from rayrlhf.data.tokenizer import encode_chat, encode_text
 
 __all__ = [
-    "Comparison", "Example", "Kind", "PackedRows", "Record", "batch_indices", "encode_comparisons",
-    "encode_demonstrations", "encode_prompts", "fitting_prompts", "iter_records", "pad",
-    "read_records", "shard",
+    "Comparison",
+    "Example",
+    "Kind",
+    "PackedRows",
+    "Record",
+    "batch_indices",
+    "encode_comparisons",
+    "encode_demonstrations",
+    "encode_prompts",
+    "fitting_prompts",
+    "iter_records",
+    "pad",
+    "read_records",
+    "shard",
 ]
 
 
@@ -156,7 +167,7 @@ def shard(
     the rank with the least so far. Over all ranks every entry occurs exactly once.
     """
     costs = [1.0] * len(indices) if weights is None else [float(w) for w in weights]
-    loads = [(0.0, 0)] * world_size                         # (cost, count) per rank
+    loads = [(0.0, 0)] * world_size  # (cost, count) per rank
     mine = []
     for position in sorted(range(len(indices)), key=lambda i: (-costs[i], i)):
         target = min(range(world_size), key=lambda r: (*loads[r], r))
@@ -173,8 +184,8 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, 
     The mask comes from the lengths, never from comparing ids with `pad_id`.
     """
     longest = max((len(s) for s in sequences), default=0)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)    # (b, S)
-    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)      # (b, S)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)  # (b, S)
+    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)  # (b, S)
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
         attention_mask[row, : len(sequence)] = 1
@@ -190,8 +201,10 @@ class PackedRows:
         folder = Path(corpus_dir)
         files = sorted(f for f in folder.glob("*.arrow") if pattern.fullmatch(f.name))
         if not files:
-            raise RecipeError(f"{folder}: no rows of the split {split}: run `rayrlhf corpus`, or "
-                              "name this split in corpus.sources")
+            raise RecipeError(
+                f"{folder}: no rows of the split {split}: run `rayrlhf corpus`, or "
+                "name this split in corpus.sources"
+            )
         self._shards = [_rows(file) for file in files]
         self._ends = np.cumsum([len(rows) for rows in self._shards])
         self.row_length = int(self._shards[0].shape[1])
@@ -204,7 +217,7 @@ class PackedRows:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")
-        out = np.empty((len(wanted), self.row_length), dtype=np.int64)              # (n, T)
+        out = np.empty((len(wanted), self.row_length), dtype=np.int64)  # (n, T)
         places = np.searchsorted(self._ends, wanted, side="right")
         for place, rows in enumerate(self._shards):
             here = places == place
@@ -231,15 +244,19 @@ def _prompt_ids(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[int]
 
 def _eos(tokenizer: PreTrainedTokenizerFast) -> int:
     if tokenizer.eos_token_id is None:
-        raise RecipeError("the tokenizer has no end-of-text token: set eos_token in its "
-                          "tokenizer_config.json, or choose another tokenizer.path")
+        raise RecipeError(
+            "the tokenizer has no end-of-text token: set eos_token in its "
+            "tokenizer_config.json, or choose another tokenizer.path"
+        )
     return int(tokenizer.eos_token_id)
 
 
 def _report_dropped(what: str, dropped: int, total: int, limit: int) -> None:
     if dropped == total:
-        raise RecipeError(f"none of {total} {what} fits into {limit} tokens: raise "
-                          "model.max_length or shorten the texts")
+        raise RecipeError(
+            f"none of {total} {what} fits into {limit} tokens: raise "
+            "model.max_length or shorten the texts"
+        )
     if dropped:
         console.say(f"data: {dropped} of {total} {what} are longer than {limit} tokens: left out")
 

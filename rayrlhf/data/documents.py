@@ -30,10 +30,15 @@ from rayrlhf.data.records import parse_line
 
 KEPT, TOO_SHORT, HELD_OUT, DUPLICATE = "kept", "too_short", "held_out", "duplicate"
 # What a map task hands to the groups: one row per document, dropped ones without tokens.
-COLUMNS = pa.schema([
-    ("group", pa.string()), ("source", pa.string()), ("hash", pa.binary(16)),
-    ("fate", pa.string()), ("tokens", pa.list_(pa.int32())),
-])
+COLUMNS = pa.schema(
+    [
+        ("group", pa.string()),
+        ("source", pa.string()),
+        ("hash", pa.binary(16)),
+        ("fate", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+    ]
+)
 _DOCUMENTS_PER_BATCH = 2048
 
 
@@ -93,7 +98,7 @@ def read_piece(piece: Piece) -> Iterator[str]:
     with open(piece.file, "rb") as stream:
         if piece.start:
             stream.seek(piece.start - 1)
-            stream.readline()                               # the end of the line before
+            stream.readline()  # the end of the line before
         while (start := stream.tell()) < piece.end:
             line = stream.readline().removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -129,7 +134,7 @@ def pack_group(group: pa.Table, *, rules: Rules) -> dict[str, list[str]]:
     copies = _mixture(documents, epochs, rules.seed)
     tokens = group["tokens"].combine_chunks()
     values, offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
-    texts = [values[offsets[row]: offsets[row + 1]] for row in copies]
+    texts = [values[offsets[row] : offsets[row + 1]] for row in copies]
     rows, tail = pack(texts, rules.row_length, rules.eos_id)
     sources = group["source"].to_pylist()
     account: dict[str, Any] = {
@@ -142,12 +147,16 @@ def pack_group(group: pa.Table, *, rules: Rules) -> dict[str, list[str]]:
         "sources": {},
     }
     for source in sorted(set(sources)):
-        mine = [(row, text) for row, text in zip(copies, texts, strict=True)
-                if sources[row] == source]
+        mine = [
+            (row, text) for row, text in zip(copies, texts, strict=True) if sources[row] == source
+        ]
         account["sources"][source] = {
             "read": sum(count for (s, _), count in fates.items() if s == source),
-            "dropped": {TOO_SHORT: fates[source, TOO_SHORT], HELD_OUT: fates[source, HELD_OUT],
-                        DUPLICATE: duplicates[source]},
+            "dropped": {
+                TOO_SHORT: fates[source, TOO_SHORT],
+                HELD_OUT: fates[source, HELD_OUT],
+                DUPLICATE: duplicates[source],
+            },
             "kept": fates[source, KEPT] - duplicates[source],
             "in_mixture": len(mine),
             "tokens": sum(len(text) for _, text in mine),
@@ -173,12 +182,23 @@ def _table(
             fates.append(KEPT)
     texts = [text if fate == KEPT else "" for (text, _), fate in zip(rows, fates, strict=True)]
     encoded = _tokenizer(rules.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    groups = [f"train/{bucket_of(digest, rules.num_buckets):05d}" if piece.split == "train"
-              else f"{piece.split}-{piece.source}" for _, digest in rows]
-    columns = [groups, [piece.source] * len(rows), [digest for _, digest in rows], fates,
-               [item.ids for item in encoded]]
-    return pa.table([pa.array(column, type=field.type)
-                     for column, field in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
+    groups = [
+        f"train/{bucket_of(digest, rules.num_buckets):05d}"
+        if piece.split == "train"
+        else f"{piece.split}-{piece.source}"
+        for _, digest in rows
+    ]
+    columns = [
+        groups,
+        [piece.source] * len(rows),
+        [digest for _, digest in rows],
+        fates,
+        [item.ids for item in encoded],
+    ]
+    return pa.table(
+        [pa.array(column, type=field.type) for column, field in zip(columns, COLUMNS, strict=True)],
+        schema=COLUMNS,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -199,9 +219,14 @@ def _unique(group: pa.Table) -> tuple[list[tuple[str, bytes, int]], Counter[str]
     """
     rows = sorted(
         (digest, source, row)
-        for row, (source, digest, fate) in enumerate(zip(
-            group["source"].to_pylist(), group["hash"].to_pylist(), group["fate"].to_pylist(),
-            strict=True))
+        for row, (source, digest, fate) in enumerate(
+            zip(
+                group["source"].to_pylist(),
+                group["hash"].to_pylist(),
+                group["fate"].to_pylist(),
+                strict=True,
+            )
+        )
         if fate == KEPT
     )
     unique: list[tuple[str, bytes, int]] = []
@@ -241,13 +266,15 @@ def _write_shards(
     shards: list[dict[str, str | int]] = []
     kind = pa.list_(pa.int32(), rules.row_length)
     for start in range(0, len(rows), rules.rows_per_shard):
-        part = np.ascontiguousarray(rows[start: start + rules.rows_per_shard])
+        part = np.ascontiguousarray(rows[start : start + rules.rows_per_shard])
         column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), type=kind)
         file = Path(rules.folder) / f"{name.replace('/', '-')}-part-{len(shards):05d}.arrow"
         # Another try of the same task may be writing too.
         new = file.with_suffix(f".{os.getpid()}.tmp")
-        with pa.OSFile(str(new), "wb") as sink, \
-                pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer:
+        with (
+            pa.OSFile(str(new), "wb") as sink,
+            pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
+        ):
             writer.write_batch(pa.record_batch([column], names=["tokens"]))
         digest = hashlib.sha256(new.read_bytes()).hexdigest()
         os.replace(new, file)

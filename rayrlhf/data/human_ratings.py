@@ -79,8 +79,9 @@ def build(archive: Path, folder: Path) -> dict[str, dict[str, int]]:
     seen: set[str] = set()
     for name in SPLITS:
         files: dict[str, list[dict[str, Any]]] = {
-            f"corpus.{source}.{name}.jsonl": [_document(s) for s in parts[name]
-                                             if s.source == source]
+            f"corpus.{source}.{name}.jsonl": [
+                _document(s) for s in parts[name] if s.source == source
+            ]
             for source in SOURCES
         }
         files[f"demonstrations.{name}.jsonl"] = demonstrations(parts[name])
@@ -99,8 +100,11 @@ def read_snippets(archive: Path) -> list[Snippet]:
     with tarfile.open(archive) as outer:
         inner = outer.extractfile(_member(outer, "hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=inner) as tar:
-            return [snippet for source, stem in SOURCES.items()
-                    for snippet in _source_snippets(tar, source, stem)]
+            return [
+                snippet
+                for source, stem in SOURCES.items()
+                for snippet in _source_snippets(tar, source, stem)
+            ]
 
 
 def split(snippets: Sequence[Snippet]) -> dict[str, list[Snippet]]:
@@ -120,8 +124,10 @@ def split(snippets: Sequence[Snippet]) -> dict[str, list[Snippet]]:
         members[groups.root(index)].append(index)
     part_of: dict[int, str] = {}
     for source in SOURCES:
-        own = sorted((g for g in members.values() if snippets[g[0]].source == source),
-                     key=lambda g: _hash(snippets[g[0]].id))
+        own = sorted(
+            (g for g in members.values() if snippets[g[0]].source == source),
+            key=lambda g: _hash(snippets[g[0]].id),
+        )
         total, before = sum(len(g) for g in own), 0
         for group in own:
             place = (before + len(group) / 2) / total
@@ -162,12 +168,15 @@ def demonstrations(snippets: Iterable[Snippet]) -> list[dict[str, Any]]:
         words = snippet.text.split()
         if snippet.mean > 0 and 6 <= len(words) <= 60:
             opening = random.Random(f"demonstration {snippet.id}").randint(2, 5)
-            records.append({
-                "id": snippet.id, "source": snippet.source,
-                "prompt": f"{HEADERS[snippet.source]} {' '.join(words[:opening])}",
-                "response": f" {' '.join(words[opening:])}",
-                "rating": snippet.mean,
-            })
+            records.append(
+                {
+                    "id": snippet.id,
+                    "source": snippet.source,
+                    "prompt": f"{HEADERS[snippet.source]} {' '.join(words[:opening])}",
+                    "response": f" {' '.join(words[opening:])}",
+                    "rating": snippet.mean,
+                }
+            )
     return _shuffled(records)
 
 
@@ -205,8 +214,9 @@ def prompts(snippets: Iterable[Snippet], per_text: int, seen: set[str]) -> list[
             if taken < per_text and prompt not in seen:
                 seen.add(prompt)
                 taken += 1
-                records.append({"id": f"{snippet.id}-{length}", "source": snippet.source,
-                                "prompt": prompt})
+                records.append(
+                    {"id": f"{snippet.id}-{length}", "source": snippet.source, "prompt": prompt}
+                )
     return _shuffled(records)
 
 
@@ -259,13 +269,20 @@ def _document(snippet: Snippet) -> dict[str, Any]:
 
 
 def _rating(snippet: Snippet) -> dict[str, Any]:
-    return {"id": snippet.id, "source": snippet.source, "text": snippet.text,
-            "mean": snippet.mean, "ratings": list(snippet.ratings)}
+    return {
+        "id": snippet.id,
+        "source": snippet.source,
+        "text": snippet.text,
+        "mean": snippet.mean,
+        "ratings": list(snippet.ratings),
+    }
 
 
 def _comparison(source: str, texts: Sequence[Snippet]) -> dict[str, Any]:
     return {
-        "id": texts[0].id, "source": source, "prompt": HEADERS[source],
+        "id": texts[0].id,
+        "source": source,
+        "prompt": HEADERS[source],
         "responses": [f" {s.text}" for s in texts],
         # 1 + how many are better: ties share the best rank ("1224").
         "ranks": [1 + sum(other.mean > s.mean for other in texts) for s in texts],

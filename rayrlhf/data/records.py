@@ -39,8 +39,10 @@ def iter_records(path: str | Path, kind: Kind) -> Iterator[Record]:
             empty = False
             yield _CHECKS[kind](where, record)
         if empty:
-            raise RecipeError(f"{file}: empty file, but at least one {kind} record is needed: "
-                              "write records to it or take it out of the recipe")
+            raise RecipeError(
+                f"{file}: empty file, but at least one {kind} record is needed: "
+                "write records to it or take it out of the recipe"
+            )
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -52,13 +54,17 @@ def files_of(path: str | Path) -> list[Path]:
     if file.is_dir():
         found = [f for f in sorted(file.iterdir()) if f.suffix in (".jsonl", ".parquet")]
         if not found:
-            raise RecipeError(f"{path}: no .jsonl or .parquet file in this folder: "
-                              "name the folder or the file that holds the records")
+            raise RecipeError(
+                f"{path}: no .jsonl or .parquet file in this folder: "
+                "name the folder or the file that holds the records"
+            )
         return found
     found = [Path(f) for f in sorted(glob.glob(name, recursive=True)) if Path(f).is_file()]
     if not found:
-        raise RecipeError(f"{path}: no such file: correct the path in the recipe "
-                          f"(relative paths start at {Path.cwd()})")
+        raise RecipeError(
+            f"{path}: no such file: correct the path in the recipe "
+            f"(relative paths start at {Path.cwd()})"
+        )
     return found
 
 
@@ -67,17 +73,23 @@ def parse_line(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{where}: invalid UTF-8 at byte {error.start + 1} of the line "
-                          f"(0x{line[error.start]:02x}): save the file as UTF-8, for example with "
-                          "iconv -f latin1 -t utf-8") from None
+        raise RecipeError(
+            f"{where}: invalid UTF-8 at byte {error.start + 1} of the line "
+            f"(0x{line[error.start]:02x}): save the file as UTF-8, for example with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise RecipeError(f"{where}: broken JSON at column {error.colno} ({error.msg}): every line "
-                          "must be one complete JSON object") from None
+        raise RecipeError(
+            f"{where}: broken JSON at column {error.colno} ({error.msg}): every line "
+            "must be one complete JSON object"
+        ) from None
     if b"\\ud" in line.lower():
         _no_half_characters(where, record)
     if not isinstance(record, dict):
-        raise RecipeError(f"{where}: {type(record).__name__} instead of a JSON object: every line "
-                          "must be one record such as {\"text\": \"...\"}")
+        raise RecipeError(
+            f"{where}: {type(record).__name__} instead of a JSON object: every line "
+            'must be one record such as {"text": "..."}'
+        )
     return record
 
 
@@ -87,8 +99,10 @@ def _no_half_characters(where: str, record: Any) -> None:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise RecipeError(f"{where}: {half} is half of a character (a surrogate without its "
-                          "partner): write the whole character or remove it") from None
+        raise RecipeError(
+            f"{where}: {half} is half of a character (a surrogate without its "
+            "partner): write the whole character or remove it"
+        ) from None
 
 
 def _raw_records(file: Path) -> Iterator[tuple[str, Record]]:
@@ -109,8 +123,10 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Record]]:
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise RecipeError(f"{file}: not a Parquet file ({error}): write it again, or give the "
-                          "file the ending .jsonl if it holds JSON lines") from None
+        raise RecipeError(
+            f"{file}: not a Parquet file ({error}): write it again, or give the "
+            "file the ending .jsonl if it holds JSON lines"
+        ) from None
     row = 0
     with table:
         for batch in table.iter_batches(batch_size=1024):
@@ -124,8 +140,10 @@ def _rows_of(batch: pa.RecordBatch, where: str) -> list[Record]:
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
-        raise RecipeError(f"{where}: invalid UTF-8 in this row or one of the next "
-                          f"{batch.num_rows}: write the file with UTF-8 strings") from None
+        raise RecipeError(
+            f"{where}: invalid UTF-8 in this row or one of the next "
+            f"{batch.num_rows}: write the file with UTF-8 strings"
+        ) from None
 
 
 def _check_document(where: str, record: Record) -> Record:
@@ -159,18 +177,26 @@ def _check_comparison(where: str, record: Record) -> Record:
         return {**rest, "responses": [record["chosen"], record["rejected"]], "ranks": [1, 2]}
     responses = _field(where, record, "responses", instead="chosen and rejected")
     if not isinstance(responses, list) or not all(isinstance(r, str) and r for r in responses):
-        raise RecipeError(f"{where}: responses={_short(responses)} must be a list of non-empty "
-                          "strings: correct this record")
+        raise RecipeError(
+            f"{where}: responses={_short(responses)} must be a list of non-empty "
+            "strings: correct this record"
+        )
     if not MIN_RESPONSES <= len(responses) <= MAX_RESPONSES:
-        raise RecipeError(f"{where}: {len(responses)} responses, but K must be from "
-                          f"{MIN_RESPONSES} to {MAX_RESPONSES}: split or remove this record")
+        raise RecipeError(
+            f"{where}: {len(responses)} responses, but K must be from "
+            f"{MIN_RESPONSES} to {MAX_RESPONSES}: split or remove this record"
+        )
     ranks = _field(where, record, "ranks")
     if not isinstance(ranks, list) or not all(type(r) is int and r >= 1 for r in ranks):
-        raise RecipeError(f"{where}: ranks={_short(ranks)} must be a list of whole numbers from 1 "
-                          "(1 = best, ties allowed): correct this record")
+        raise RecipeError(
+            f"{where}: ranks={_short(ranks)} must be a list of whole numbers from 1 "
+            "(1 = best, ties allowed): correct this record"
+        )
     if len(ranks) != len(responses):
-        raise RecipeError(f"{where}: {len(ranks)} ranks for {len(responses)} responses: give every "
-                          "response one rank")
+        raise RecipeError(
+            f"{where}: {len(ranks)} ranks for {len(responses)} responses: give every "
+            "response one rank"
+        )
     return record
 
 
@@ -186,17 +212,22 @@ def _field(where: str, record: Record, field: str, instead: str = "") -> Any:
     if field not in record:
         other = f" (or {instead})" if instead else ""
         there = ", ".join(sorted(record)) or "nothing"
-        raise RecipeError(f"{where}: the record has no field {field}{other}, only {there}: add it "
-                          "or rename the field")
+        raise RecipeError(
+            f"{where}: the record has no field {field}{other}, only {there}: add it "
+            "or rename the field"
+        )
     return record[field]
 
 
-def _text(where: str, record: Record, field: str, *, instead: str = "",
-          empty_is_fine: bool = False) -> None:
+def _text(
+    where: str, record: Record, field: str, *, instead: str = "", empty_is_fine: bool = False
+) -> None:
     value = _field(where, record, field, instead)
     if not isinstance(value, str):
-        raise RecipeError(f"{where}: {field}={_short(value)} is {type(value).__name__}, not a "
-                          "string: write it in double quotes")
+        raise RecipeError(
+            f"{where}: {field}={_short(value)} is {type(value).__name__}, not a "
+            "string: write it in double quotes"
+        )
     if not value and not empty_is_fine:
         raise RecipeError(f"{where}: {field} is empty: fill it or remove the record")
 
@@ -207,13 +238,19 @@ def _messages(where: str, record: Record, *, last: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise RecipeError(f"{where}: messages={_short(messages)} must be {rule}: correct it")
     for message in messages:
-        if (not isinstance(message, dict) or message.get("role") not in _ROLES
-                or not isinstance(message.get("content"), str)):
-            raise RecipeError(f"{where}: the message {_short(message)} does not fit {rule}: "
-                              "correct it")
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in _ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise RecipeError(
+                f"{where}: the message {_short(message)} does not fit {rule}: correct it"
+            )
     if messages[-1]["role"] != last:
-        raise RecipeError(f"{where}: the last message is from {messages[-1]['role']}, but it must "
-                          f"be from {last}: add or remove a message")
+        raise RecipeError(
+            f"{where}: the last message is from {messages[-1]['role']}, but it must "
+            f"be from {last}: add or remove a message"
+        )
 
 
 def _short(value: Any) -> str:

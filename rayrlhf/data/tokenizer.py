@@ -43,8 +43,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=EOS, pad_token=PAD,
-        extra_special_tokens=list(SPECIAL_TOKENS[2:]), clean_up_tokenization_spaces=False,
+        tokenizer_object=core,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -61,8 +64,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     if source is not None and _origin(folder) != source:
         save_tokenizer(_load(builtin.resolve(source)), folder, origin=source)
     if not (folder / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{folder}: no tokenizer yet: run `rayrlhf corpus` first, or set "
-                          "tokenizer.path")
+        raise RecipeError(
+            f"{folder}: no tokenizer yet: run `rayrlhf corpus` first, or set tokenizer.path"
+        )
     return _load(str(folder))
 
 
@@ -96,7 +100,9 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], *,
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict[str, Any]],
+    *,
     open_answer: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Return (ids, mask) of a chat; the mask is 1 on what the assistant says, eos included.
@@ -106,8 +112,10 @@ def encode_chat(
     the tokenizer has no chat template, or one that rewrites earlier turns.
     """
     if not tokenizer.chat_template:
-        raise RecipeError("`messages` need a chat template, and this tokenizer has none: use "
-                          "`prompt` and `response` fields, or another tokenizer.path")
+        raise RecipeError(
+            "`messages` need a chat template, and this tokenizer has none: use "
+            "`prompt` and `response` fields, or another tokenizer.path"
+        )
     ids: list[int] = []
     mask: list[int] = []
     done = ""
@@ -116,10 +124,12 @@ def encode_chat(
         before = _render(tokenizer, messages[:end], open_answer=True)
         after = _render(tokenizer, messages[: end + 1], open_answer=False)
         if not (before.startswith(done) and after.startswith(before)):
-            raise RecipeError("the tokenizer's chat template rewrites earlier turns, so the "
-                              "answer's tokens cannot be told apart: use `prompt` and `response`")
-        prompt = _template_ids(tokenizer, before[len(done):])
-        answer = _template_ids(tokenizer, after[len(before):])
+            raise RecipeError(
+                "the tokenizer's chat template rewrites earlier turns, so the "
+                "answer's tokens cannot be told apart: use `prompt` and `response`"
+            )
+        prompt = _template_ids(tokenizer, before[len(done) :])
+        answer = _template_ids(tokenizer, after[len(before) :])
         # What a template adds after the end token (often a newline) is never generated.
         stops = [i for i, token in enumerate(answer) if token == tokenizer.eos_token_id]
         spoken = stops[-1] + 1 if stops else len(answer)
@@ -148,8 +158,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model_vocab_size: int) 
 def _render(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], *, open_answer: bool
 ) -> str:
-    return str(tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=open_answer))
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=open_answer
+        )
+    )
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -167,14 +180,20 @@ def _load(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: no tokenizer can be loaded from here "
-                          f"({str(error).splitlines()[0]}): correct tokenizer.path") from None
+        raise RecipeError(
+            f"{path}: no tokenizer can be loaded from here "
+            f"({str(error).splitlines()[0]}): correct tokenizer.path"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise RecipeError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer: choose a "
-                          "tokenizer.path with a tokenizer.json")
+        raise RecipeError(
+            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer: choose a "
+            "tokenizer.path with a tokenizer.json"
+        )
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"{path}: the tokenizer has no end-of-text token: set eos_token in its "
-                          "tokenizer_config.json")
+        raise RecipeError(
+            f"{path}: the tokenizer has no end-of-text token: set eos_token in its "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

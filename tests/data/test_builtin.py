@@ -46,8 +46,11 @@ def test_pip_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache:
 def test_pip_finds_another_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path
 ) -> None:
-    fake_pip(tmp_path, monkeypatch, 'echo "    Expected sha256 5d7c" >&2\n'
-             'echo "         Got        beef" >&2\nexit 1\n')
+    fake_pip(
+        tmp_path,
+        monkeypatch,
+        'echo "    Expected sha256 5d7c" >&2\necho "         Got        beef" >&2\nexit 1\n',
+    )
     with pytest.raises(RecipeError, match="wrong SHA-256: expected sha256 5d7c, got beef"):
         builtin.resolve(NAME)
 
@@ -55,8 +58,11 @@ def test_pip_finds_another_hash(
 def test_a_file_with_another_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path
 ) -> None:
-    fake_pip(tmp_path, monkeypatch, "while [ $1 != --dest ]; do shift; done\n"
-             "echo wrong > $2/vaderSentiment-3.3.2.tar.gz\n")
+    fake_pip(
+        tmp_path,
+        monkeypatch,
+        "while [ $1 != --dest ]; do shift; done\necho wrong > $2/vaderSentiment-3.3.2.tar.gz\n",
+    )
     wanted = builtin.RATINGS_PACKAGE.sha256
     with pytest.raises(RecipeError, match=f"wrong SHA-256: expected {wanted}, got [0-9a-f]{{64}}"):
         builtin.resolve(NAME)
@@ -79,12 +85,13 @@ def test_a_placed_archive_needs_no_pip_and_gives_the_same_bytes(
     fake_pip(tmp_path, monkeypatch, "exit 1\n")
     first = Path(builtin.resolve(NAME))
     times = {p: p.stat().st_mtime_ns for p in first.parent.iterdir()}
-    archive_copy.unlink()                       # complete: not even the archive is needed again
+    archive_copy.unlink()  # complete: not even the archive is needed again
     assert Path(builtin.resolve(NAME)) == first
     assert {p: p.stat().st_mtime_ns for p in first.parent.iterdir()} == times
     assert not (tmp_path / "calls").exists()
     assert {p.name: p.read_bytes() for p in known.iterdir()} == {
-        p.name: p.read_bytes() for p in times}
+        p.name: p.read_bytes() for p in times
+    }
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +117,8 @@ def test_prepare_checks_every_file_that_the_recipe_names(
     bad = tmp_path / "comparisons.jsonl"
     bad.write_text('{"prompt": "a", "responses": ["b"], "ranks": [1]}\n')
     tree = {
-        "name": "x", "model": {"path": "somewhere"},
+        "name": "x",
+        "model": {"path": "somewhere"},
         "sft": {"train": "builtin:human-ratings/demonstrations.validation.jsonl"},
         "reward": {"train": "builtin:human-ratings/comparisons.validation.jsonl"},
         "evaluate": {"prompts": NAME, "comparisons": str(bad)},
@@ -140,6 +148,7 @@ def test_smollm2_is_a_plain_model_folder() -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
-    answer = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1]:]
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    answer = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"

@@ -32,22 +32,40 @@ def recipe_for(folder: Path, run: str, *, seed: int = 0, **corpus_section: Any) 
     held = write(folder / "held.jsonl", [sentence(n) for n in range(900, 930)])
     write(folder / "a/1.jsonl", [*map(sentence, range(80)), sentence(3), "", sentence(900)])
     write(folder / "a/2.jsonl", [*map(sentence, range(80, 120)), f" {sentence(4)}\r\n"])
-    pq.write_table(pa.table({"text": [*map(sentence, range(110, 160)), "e\u0301 \U0001f600"]}),
-                   folder / "b.parquet", row_group_size=20)
-    return parse({
-        "name": "toy", "run_dir": str(folder / run), "seed": seed, "tokenizer": {"vocab_size": 300},
-        "corpus": {"row_length": 16, "rows_per_shard": 50, **corpus_section, "sources": {
-            "a": {"path": str(folder / "a"), "validation": held, "epochs": 2},
-            "b": {"path": str(folder / "b.parquet"), "test": held, "epochs": 0.5}}}})
+    pq.write_table(
+        pa.table({"text": [*map(sentence, range(110, 160)), "e\u0301 \U0001f600"]}),
+        folder / "b.parquet",
+        row_group_size=20,
+    )
+    return parse(
+        {
+            "name": "toy",
+            "run_dir": str(folder / run),
+            "seed": seed,
+            "tokenizer": {"vocab_size": 300},
+            "corpus": {
+                "row_length": 16,
+                "rows_per_shard": 50,
+                **corpus_section,
+                "sources": {
+                    "a": {"path": str(folder / "a"), "validation": held, "epochs": 2},
+                    "b": {"path": str(folder / "b.parquet"), "test": held, "epochs": 0.5},
+                },
+            },
+        }
+    )
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"),
-    (b"", "empty file"),
-    (b'{"text": "a"}\n{"txt": "b"}\n', r"bad\.jsonl:2: .*no field text"),
-    (b'{"text": "a"}\n{"text"\n', r"bad\.jsonl:2: broken JSON"),
-    (b'{"text": "\xff"}\n', r"bad\.jsonl:1: invalid UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "empty file"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', r"bad\.jsonl:2: .*no field text"),
+        (b'{"text": "a"}\n{"text"\n', r"bad\.jsonl:2: broken JSON"),
+        (b'{"text": "\xff"}\n', r"bad\.jsonl:1: invalid UTF-8"),
+    ],
+)
 def test_bad_input_is_found_before_ray_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, message: str
 ) -> None:
@@ -59,15 +77,18 @@ def test_bad_input_is_found_before_ray_starts(
     bad = tmp_path / "bad.jsonl"
     if content is not None:
         bad.write_bytes(content)
-    recipe = parse({"name": "x", "run_dir": str(tmp_path / "run"),
-                    "corpus": {"sources": {"a": {"path": good, "test": str(bad)}}}})
+    recipe = parse(
+        {
+            "name": "x",
+            "run_dir": str(tmp_path / "run"),
+            "corpus": {"sources": {"a": {"path": good, "test": str(bad)}}},
+        }
+    )
     with pytest.raises(RecipeError, match=message):
         corpus.build_corpus(recipe)
 
 
-def test_large_files_are_cut_into_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_are_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "BYTES_PER_PIECE", 1000)
     recipe = recipe_for(tmp_path, "run")
     assert recipe.corpus is not None
@@ -76,7 +97,10 @@ def test_large_files_are_cut_into_pieces(
     assert [p.start for p in own] == [0, *(p.end for p in own[:-1])]
     assert own[-1].end == (tmp_path / "a/1.jsonl").stat().st_size
     assert [(p.start, p.end) for p in pieces if p.file.endswith("parquet")] == [
-        (0, 1), (1, 2), (2, 3)]
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ]
 
 
 @pytest.mark.ray
@@ -103,7 +127,7 @@ def test_the_whole_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert [p.name for p in sorted((tmp_path / "again").iterdir())] == ["corpus", "tokenizer"]
         with pytest.raises(RecipeError, match=r"less than one row of corpus\.row_length=100000"):
             corpus.build_corpus(recipe_for(tmp_path, "run", row_length=100_000))
-        assert _bytes(folder)                       # a failed run leaves the last result alone
+        assert _bytes(folder)  # a failed run leaves the last result alone
     finally:
         ray.shutdown()
 
@@ -124,7 +148,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     assert manifest["splits"]["test-b"]["sources"]["b"]["in_mixture"] == 30
     for split in manifest["splits"].values():
         assert split["document_tokens"] + split["delimiters"] == (
-            split["rows"] * manifest["row_length"] + split["tail_tokens_dropped"])
+            split["rows"] * manifest["row_length"] + split["tail_tokens_dropped"]
+        )
         assert split["document_tokens"] == sum(s["tokens"] for s in split["sources"].values())
         assert split["rows"] == sum(shard["rows"] for shard in split["shards"])
     assert len(manifest["inputs"]) == 4
@@ -135,9 +160,10 @@ def _check_rows(recipe: Recipe, folder: Path, manifest: dict[str, Any]) -> None:
     rows = PackedRows(folder, "train")
     assert len(rows) == manifest["splits"]["train"]["rows"]
     assert sorted(p.name for p in folder.glob("train-*")) == [
-        f"train-{n:05d}.arrow" for n in range((len(rows) + 49) // 50)]
+        f"train-{n:05d}.arrow" for n in range((len(rows) + 49) // 50)
+    ]
     text = tokenizer.decode(rows[range(len(rows))].reshape(-1).tolist())
-    documents = text.split("<|endoftext|>")[:-1]         # the last may have lost its end
+    documents = text.split("<|endoftext|>")[:-1]  # the last may have lost its end
     expected = {sentence(n) for n in range(160)} | {"\u00e9 \U0001f600"}
     assert set(documents) <= expected
     assert {sentence(n) for n in range(120)} - set(documents) <= {text.split("<|endoftext|>")[-1]}

@@ -31,9 +31,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_demonstration_has_loss_on_the_response_and_its_end(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    records = [{"prompt": "Tweet: the", "response": " movie"},
-               {"messages": [{"role": "user", "content": "hi"},
-                             {"role": "assistant", "content": "good"}]}]
+    records = [
+        {"prompt": "Tweet: the", "response": " movie"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}]},
+    ]
     plain, chat = encode_demonstrations(records, tokenizer, max_length=64)
     spoken = [[i for i, m in zip(e.ids, e.mask, strict=True) if m] for e in (plain, chat)]
     assert tokenizer.decode(plain.ids) == "Tweet: the movie<|endoftext|>"
@@ -52,18 +53,24 @@ def test_too_long_demonstrations_are_dropped_with_a_line(
 
 
 def test_comparison_keeps_what_fits(tokenizer: PreTrainedTokenizerFast) -> None:
-    records = [{"prompt": "a", "responses": ["b" * 50, "c", "d"], "ranks": [1, 3, 2]},
-               {"prompt": "a", "responses": ["b" * 50, "c"], "ranks": [1, 2]}]
+    records = [
+        {"prompt": "a", "responses": ["b" * 50, "c", "d"], "ranks": [1, 3, 2]},
+        {"prompt": "a", "responses": ["b" * 50, "c"], "ranks": [1, 2]},
+    ]
     (only,) = encode_comparisons(records, tokenizer, 10)
     assert (only.record, only.kept, only.ranks) == (0, [1, 2], [3, 2])
     eos = tokenizer.eos_token_id
-    assert only.ids == [[*encode_text(tokenizer, "a"), *encode_text(tokenizer, t), eos]
-                        for t in "cd"]
+    assert only.ids == [
+        [*encode_text(tokenizer, "a"), *encode_text(tokenizer, t), eos] for t in "cd"
+    ]
 
 
 def test_prompts_stay_aligned_with_their_records(tokenizer: PreTrainedTokenizerFast) -> None:
-    records = [{"prompt": "a" * 30}, {"prompt": "ab"},
-               {"messages": [{"role": "user", "content": "hi"}]}]
+    records = [
+        {"prompt": "a" * 30},
+        {"prompt": "ab"},
+        {"messages": [{"role": "user", "content": "hi"}]},
+    ]
     with pytest.raises(RecipeError, match="prompt 1 has 30 tokens, but only 9 fit"):
         encode_prompts(records, tokenizer, 9)
     kept = fitting_prompts(records, tokenizer, 9)
@@ -73,9 +80,12 @@ def test_prompts_stay_aligned_with_their_records(tokenizer: PreTrainedTokenizerF
 
 
 def test_every_record_once_per_epoch_none_dropped() -> None:
-    order = [i for step in range(9) for i in
-             batch_indices(seed=3, step=step, batch_size=7, num_records=21)]
-    epochs = [order[e * 21:(e + 1) * 21] for e in range(3)]
+    order = [
+        i
+        for step in range(9)
+        for i in batch_indices(seed=3, step=step, batch_size=7, num_records=21)
+    ]
+    epochs = [order[e * 21 : (e + 1) * 21] for e in range(3)]
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -111,8 +121,10 @@ def test_padding_is_marked_by_length_even_if_pad_is_eos() -> None:
 def write_rows(path: Path, rows: np.ndarray) -> None:
     kind = pa.list_(pa.int32(), rows.shape[1])
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
-    with pa.OSFile(str(path), "wb") as sink, \
-            pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer:
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
+    ):
         writer.write_batch(pa.record_batch([column], names=["tokens"]))
 
 

@@ -23,17 +23,31 @@ from rayrlhf.data.documents import (
 
 
 def rules(folder: Path, **changes: Any) -> Rules:
-    return Rules(**{
-        "seed": 0, "row_length": 2, "rows_per_shard": 100, "min_chars": 1, "num_buckets": 1,
-        "epochs": {}, "tokenizer": "", "eos_id": 0, "folder": str(folder), **changes})
+    return Rules(
+        **{
+            "seed": 0,
+            "row_length": 2,
+            "rows_per_shard": 100,
+            "min_chars": 1,
+            "num_buckets": 1,
+            "epochs": {},
+            "tokenizer": "",
+            "eos_id": 0,
+            "folder": str(folder),
+            **changes,
+        }
+    )
 
 
 def group(*documents: tuple[str, str, str], name: str = "train/00000") -> pa.Table:
     """Build a group of (source, text, fate); the token ids are the text's code points."""
-    rows = [(name, source, text_hash(text), fate, [ord(c) for c in text] if fate == "kept" else [])
-            for source, text, fate in documents]
+    rows = [
+        (name, source, text_hash(text), fate, [ord(c) for c in text] if fate == "kept" else [])
+        for source, text, fate in documents
+    ]
     return pa.Table.from_pylist(
-        [dict(zip(COLUMNS.names, row, strict=True)) for row in rows], schema=COLUMNS)
+        [dict(zip(COLUMNS.names, row, strict=True)) for row in rows], schema=COLUMNS
+    )
 
 
 def account_of(table: pa.Table, rule: Rules) -> dict[str, Any]:
@@ -46,13 +60,16 @@ def tokens_of(folder: Path, account: dict[str, Any]) -> list[int]:
     return [token for table in tables for row in table["tokens"].to_pylist() for token in row]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("  a b \n", "a b"),
-    ("a\r\nb\rc", "a\nb\nc"),
-    ("e\u0301", "\u00e9"),
-    ("a\x00b\x1b[0m\tc", "ab[0m\tc"),
-    ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  a b \n", "a b"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("e\u0301", "\u00e9"),
+        ("a\x00b\x1b[0m\tc", "ab[0m\tc"),
+        ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
+    ],
+)
 def test_clean(text: str, expected: str) -> None:
     assert clean(text) == expected
 
@@ -66,8 +83,10 @@ def test_every_line_is_in_exactly_one_piece(
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     size = path.stat().st_size
     ends = [*range(step, size, step), size]
-    pieces = [Piece("s", "train", str(path), start, end)
-              for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    pieces = [
+        Piece("s", "train", str(path), start, end)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
     assert [text for piece in pieces for text in read_piece(piece)] == texts
 
 
@@ -78,14 +97,32 @@ def test_parquet_pieces_are_row_groups(tmp_path: Path) -> None:
 
 
 def test_duplicates_stay_once_in_the_first_source(tmp_path: Path) -> None:
-    account = account_of(group(("b", "xy", "kept"), ("a", "xy", "kept"), ("b", "xy", "kept"),
-                               ("b", "z", "kept"), ("b", "", "too_short"), ("a", "q", "held_out")),
-                         rules(tmp_path))
+    account = account_of(
+        group(
+            ("b", "xy", "kept"),
+            ("a", "xy", "kept"),
+            ("b", "xy", "kept"),
+            ("b", "z", "kept"),
+            ("b", "", "too_short"),
+            ("a", "q", "held_out"),
+        ),
+        rules(tmp_path),
+    )
     a, b = account["sources"]["a"], account["sources"]["b"]
-    assert a == {"read": 2, "dropped": {"too_short": 0, "held_out": 1, "duplicate": 0},
-                 "kept": 1, "in_mixture": 1, "tokens": 2}
-    assert b == {"read": 4, "dropped": {"too_short": 1, "held_out": 0, "duplicate": 2},
-                 "kept": 1, "in_mixture": 1, "tokens": 1}
+    assert a == {
+        "read": 2,
+        "dropped": {"too_short": 0, "held_out": 1, "duplicate": 0},
+        "kept": 1,
+        "in_mixture": 1,
+        "tokens": 2,
+    }
+    assert b == {
+        "read": 4,
+        "dropped": {"too_short": 1, "held_out": 0, "duplicate": 2},
+        "kept": 1,
+        "in_mixture": 1,
+        "tokens": 1,
+    }
     # x y <eos> z <eos>: two rows of two, one token left over
     assert (account["document_tokens"], account["delimiters"]) == (3, 2)
     assert (account["rows"], account["tail_tokens_dropped"]) == (2, 1)

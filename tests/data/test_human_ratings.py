@@ -27,8 +27,9 @@ def pool() -> list[str]:
 
 @pytest.fixture(scope="module")
 def ratings() -> Records:
-    return {name: [json.loads(line) for line in builtin.ratings_path(name).open()]
-            for name in SPLITS}
+    return {
+        name: [json.loads(line) for line in builtin.ratings_path(name).open()] for name in SPLITS
+    }
 
 
 def snippet(number: int, text: str, *rated: int, document: str = "") -> Snippet:
@@ -40,8 +41,12 @@ def test_similar_pairs_equal_the_naive_count() -> None:
     rng = np.random.default_rng(0)
     sets = [frozenset(map(str, rng.integers(0, 9, size=rng.integers(1, 8)))) for _ in range(120)]
     for threshold in (0.5, 0.7, 1.0):
-        naive = {(i, j) for i in range(120) for j in range(i)
-                 if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j]) - 1e-9}
+        naive = {
+            (i, j)
+            for i in range(120)
+            for j in range(i)
+            if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j]) - 1e-9
+        }
         found = [(max(pair), min(pair)) for pair in similar_pairs(sets, threshold)]
         assert len(found) == len(set(found))
         assert set(found) == naive
@@ -54,8 +59,9 @@ def test_near_duplicates_and_documents_stay_together() -> None:
     part_of = {s.id: name for name, part in split(texts).items() for s in part}
     assert len(part_of) == len(texts)
     assert all(part_of[f"movies-{i}"] == part_of[f"movies-{300 + i}"] for i in range(200))
-    assert all(part_of[f"movies-{600 + i}"] == part_of[f"movies-{600 + i // 5 * 5}"]
-               for i in range(200))
+    assert all(
+        part_of[f"movies-{600 + i}"] == part_of[f"movies-{600 + i // 5 * 5}"] for i in range(200)
+    )
     assert set(part_of.values()) == {"train", "prompts", "validation", "test"}
 
 
@@ -93,15 +99,16 @@ def test_no_held_out_text_has_a_near_duplicate_in_training(
         known = [numbers[w] for w in held_out if w in numbers]
         if not known:
             continue
-        shared = np.bincount(np.concatenate([rows[starts[n]: starts[n + 1]] for n in known]),
-                             minlength=len(train))
+        shared = np.bincount(
+            np.concatenate([rows[starts[n] : starts[n + 1]] for n in known]), minlength=len(train)
+        )
         jaccard = shared / (sizes + len(held_out) - shared)
         assert jaccard.max() < 0.8, (record["text"], int(jaccard.argmax()))
 
 
 def shingles(text: str, size: int) -> set[str]:
     words = re.findall(r"\w+", text.lower()) or [text]
-    return {" ".join(words[i: i + size]) for i in range(max(1, len(words) - size + 1))}
+    return {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
 
 
 def test_texts_are_clean_and_means_are_those_of_the_ratings(ratings: Records) -> None:
@@ -114,7 +121,7 @@ def test_texts_are_clean_and_means_are_those_of_the_ratings(ratings: Records) ->
         assert len(record["ratings"]) >= 15
         assert all(-4 <= r <= 4 for r in record["ratings"])
     texts = {r["id"]: r["text"] for name in SPLITS for r in ratings[name]}
-    assert any("\u00e9" in text for text in texts.values())     # UTF-8 was not read as Latin-1
+    assert any("\u00e9" in text for text in texts.values())  # UTF-8 was not read as Latin-1
     assert not any("\u00c3\u00a9" in text for text in texts.values())
 
 
@@ -134,7 +141,7 @@ def test_comparisons_hold_every_text_once_ranked_by_mean(ratings: Records, name:
         assert record["prompt"] == HEADERS[record["source"]]
         assert {of[i]["source"] for i in record["text_ids"]} == {record["source"]}
         assert record["ranks"] == [1 + sum(m > mine for m in means) for mine in means]
-    assert any(len(set(r["ranks"])) < len(r["ranks"]) for r in records)      # ties are kept
+    assert any(len(set(r["ranks"])) < len(r["ranks"]) for r in records)  # ties are kept
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -163,7 +170,7 @@ def test_prompts_are_openings_of_texts_nobody_trained_on(ratings: Records) -> No
             header, text = HEADERS[record["source"]], of.get(record["id"].rpartition("-")[0])
             assert 2 <= len(record["prompt"].removeprefix(header).split()) <= 5
             if name == "train":
-                assert text is None                         # from the pool of openings only
+                assert text is None  # from the pool of openings only
             else:
                 assert text is not None
                 assert f"{header} {text}".startswith(record["prompt"] + " ")
@@ -174,8 +181,9 @@ def test_corpus_documents_are_the_texts_of_their_split(ratings: Records, source:
     kind: Kind = "document"
     for name in SPLITS:
         texts = [r["text"] for r in read_records(f"{PREFIX}corpus.{source}.{name}.jsonl", kind)]
-        expected = [f"{HEADERS[source]} {r['text']}" for r in ratings[name]
-                    if r["source"] == source]
+        expected = [
+            f"{HEADERS[source]} {r['text']}" for r in ratings[name] if r["source"] == source
+        ]
         assert sorted(texts) == sorted(expected)
 
 

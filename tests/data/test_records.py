@@ -61,12 +61,15 @@ def test_bad_record_names_file_and_line(
     assert str(caught.value).startswith(f"{path}:2: ")
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b'{"text": "a"', "broken JSON at column"),
-    (b'{"text": "\xe9t\xe9"}', "invalid UTF-8 at byte 11 .*0xe9.*save the file as UTF-8"),
-    (b'["a"]', "list instead of a JSON object"),
-    (b'{"text": "\\ud83d"}', "half of a character"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "broken JSON at column"),
+        (b'{"text": "\xe9t\xe9"}', "invalid UTF-8 at byte 11 .*0xe9.*save the file as UTF-8"),
+        (b'["a"]', "list instead of a JSON object"),
+        (b'{"text": "\\ud83d"}', "half of a character"),
+    ],
+)
 def test_bad_line_names_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
@@ -109,7 +112,8 @@ def test_folder_and_glob_are_read_in_order(tmp_path: Path) -> None:
 def test_chosen_and_rejected_are_two_ranked_responses(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r", "x": 1})
     assert read_records(path, "comparison") == [
-        {"prompt": "p", "x": 1, "responses": ["c", "r"], "ranks": [1, 2]}]
+        {"prompt": "p", "x": 1, "responses": ["c", "r"], "ranks": [1, 2]}
+    ]
 
 
 def test_parquet_reads_like_jsonl(tmp_path: Path) -> None:

@@ -39,9 +39,14 @@ def trained() -> PreTrainedTokenizerFast:
 
 
 def recipe_for(run_dir: Path, path: Path | None) -> Recipe:
-    return parse({"name": "x", "run_dir": str(run_dir),
-                  "tokenizer": {"path": None if path is None else str(path)},
-                  "corpus": {"sources": {"a": {"path": "a.jsonl"}}}})
+    return parse(
+        {
+            "name": "x",
+            "run_dir": str(run_dir),
+            "tokenizer": {"path": None if path is None else str(path)},
+            "corpus": {"sources": {"a": {"path": "a.jsonl"}}},
+        }
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +82,8 @@ def test_chat_mask_is_one_on_the_answers_and_their_end(trained: PreTrainedTokeni
     ids, mask = encode_chat(trained, CHAT)
     assert trained.decode(ids) == (
         "<|system|>be kind<|end|><|user|>hi<|end|><|assistant|>good day<|endoftext|>"
-        "<|user|>bye<|end|><|assistant|>the end<|endoftext|>")
+        "<|user|>bye<|end|><|assistant|>the end<|endoftext|>"
+    )
     spoken = [i for i, m in zip(ids, mask, strict=True) if m]
     assert trained.decode(spoken) == "good day<|endoftext|>the end<|endoftext|>"
 
@@ -97,11 +103,13 @@ def test_what_a_template_adds_after_the_answer_has_no_loss(
     other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     other.chat_template = (
         "{% for m in messages %}{{ m['role'] + '\\n' + m['content'] + eos_token + '\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}")
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    )
     ids, mask = encode_chat(other, CHAT[1:3])
     assert other.decode(ids).endswith("good day<|endoftext|>\n")
     assert other.decode([i for i, m in zip(ids, mask, strict=True) if m]) == (
-        "good day<|endoftext|>")
+        "good day<|endoftext|>"
+    )
     other.chat_template = FORGETFUL
     with pytest.raises(RecipeError, match="rewrites earlier turns"):
         encode_chat(other, CHAT)

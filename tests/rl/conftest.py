@@ -23,6 +23,7 @@ from rayrlhf.rl.workers import (
 )
 from tests.rl.inline import EOS, PAD, VOCAB, CountingReward, InlineHandle, InlineRay, SmallEngine
 
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a vocabulary of 12."""

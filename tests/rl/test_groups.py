@@ -40,7 +40,7 @@ def test_rows_of_all_ranks_come_back_in_order(inline_ray: None) -> None:
 def test_a_deadline_names_the_role_and_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "ray", Late)
     critic = CriticGroup([InlineHandle(Rank([0]))], deadline_s=0.01)
-    with pytest.raises(TimeoutError, match=r"critic\.values is not done after ppo\.deadline_s=0\.01"):
+    with pytest.raises(TimeoutError, match=r"critic\.values .* ppo\.deadline_s=0\.01"):
         critic.values("rollout", 0).wait()
 
 

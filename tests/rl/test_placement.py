@@ -21,7 +21,8 @@ def test_five_roles_one_bundle_each() -> None:
 
 
 def test_ranks_of_a_role_follow_each_other() -> None:
-    layout = plan(recipe(actor={"num_workers": 2, "gpus": 1}, rollout={"num_workers": 2, "gpus": 2}))
+    layout = plan(recipe(actor={"num_workers": 2, "gpus": 1},
+                         rollout={"num_workers": 2, "gpus": 2}))
     assert [(p.role, p.rank, p.world_size) for p in layout.places] == [
         ("actor", 0, 2), ("actor", 1, 2), ("critic", 0, 1), ("reference", 0, 1),
         ("reward", 0, 1), ("rollout", 0, 2), ("rollout", 1, 2)]
