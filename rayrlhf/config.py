@@ -66,7 +66,7 @@ class ResourcesConfig(Section):
     critic: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()
     reward: RoleResources = RoleResources()
-    rollout: RoleResources = RoleResources(num_threads=2)
+    rollout: RoleResources = RoleResources()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Strategy of the placement group that holds the PPO roles."""
     wait_s: NonNegative = 0

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_ROWS = 1024   # rows of the pair matrix at once: 8 MiB per 1,000 texts
+_ROWS = 1024  # rows of the pair matrix at once: 8 MiB per 1,000 texts
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,16 @@ def pair_accuracy(scores: Floats, ratings: Floats) -> PairAccuracy | None:
     right, num_pairs = 0.0, 0
     for start in range(0, len(scores), _ROWS):
         rows = slice(start, start + _ROWS)
-        above = ratings[rows, None] > ratings[None, :]      # each unordered pair once
+        above = ratings[rows, None] > ratings[None, :]  # each unordered pair once
         gap = scores[rows, None] - scores[None, :]
         num_pairs += int(above.sum())
         right += float((above & (gap > 0)).sum()) + 0.5 * float((above & (gap == 0)).sum())
     return PairAccuracy(right / num_pairs, num_pairs) if num_pairs else None
 
 
-def pair_accuracy_within(scores: Sequence[Floats], ratings: Sequence[Floats]
-                         ) -> PairAccuracy | None:
+def pair_accuracy_within(
+    scores: Sequence[Floats], ratings: Sequence[Floats]
+) -> PairAccuracy | None:
     """Compare only pairs within a group (the responses to one prompt)."""
     found = [pair_accuracy(s, r) for s, r in zip(scores, ratings, strict=True)]
     kept = [pairs for pairs in found if pairs is not None]
@@ -73,8 +74,9 @@ def human_ceiling(ratings: Sequence[Sequence[float]]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def calibration(scores: Sequence[Floats], ratings: Sequence[Floats], *, num_bins: int = 10
-                ) -> list[dict[str, float]]:
+def calibration(
+    scores: Sequence[Floats], ratings: Sequence[Floats], *, num_bins: int = 10
+) -> list[dict[str, float]]:
     """Return per bin of the predicted chance its mean, the observed share and the pairs.
 
     A reward model says that the one with the higher score is the better one with chance
@@ -95,6 +97,12 @@ def calibration(scores: Sequence[Floats], ratings: Sequence[Floats], *, num_bins
             predicted += np.bincount(bins, weights=chance, minlength=num_bins)
             observed += np.bincount(bins, weights=right.astype(np.float64), minlength=num_bins)
             counts += np.bincount(bins, minlength=num_bins)
-    return [{"predicted": float(predicted[i] / counts[i]),
-             "observed": float(observed[i] / counts[i]), "num_pairs": int(counts[i])}
-            for i in range(num_bins) if counts[i]]
+    return [
+        {
+            "predicted": float(predicted[i] / counts[i]),
+            "observed": float(observed[i] / counts[i]),
+            "num_pairs": int(counts[i]),
+        }
+        for i in range(num_bins)
+        if counts[i]
+    ]

@@ -27,7 +27,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     total = 0
     for text in texts:
         words = _WORD.findall(text.lower())
-        grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else 0.0
@@ -51,9 +51,14 @@ class TokenStatistics:
 
 
 @torch.inference_mode()
-def token_statistics(model: CausalLMModel, prompts: Sequence[list[int]],
-                     responses: Sequence[list[int]], *, temperature: float,
-                     tokens_per_batch: int) -> TokenStatistics:
+def token_statistics(
+    model: CausalLMModel,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    *,
+    temperature: float,
+    tokens_per_batch: int,
+) -> TokenStatistics:
     """Run the model over prompt and response, and sum log-probs and entropies of the latter."""
     sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
     lengths = [len(ids) for ids in sequences]
@@ -62,14 +67,22 @@ def token_statistics(model: CausalLMModel, prompts: Sequence[list[int]],
     device = next(model.parameters()).device
     for indices in microbatches(lengths, tokens_per_batch):
         input_ids, attention_mask = pad([sequences[i] for i in indices], 0)
-        generated = torch.zeros_like(attention_mask, dtype=torch.bool)          # (b, S)
+        generated = torch.zeros_like(attention_mask, dtype=torch.bool)  # (b, S)
         for row, i in enumerate(indices):
-            generated[row, len(prompts[i]):lengths[i]] = True
-        found, entropy = model(input_ids.to(device), attention_mask.to(device),
-                               positions=generated.to(device), temperature=temperature,
-                               with_entropy=True)                               # (b, S) both
-        for i, log_prob, nats in zip(indices, found.double().sum(dim=1).tolist(),
-                                     entropy.double().sum(dim=1).tolist(), strict=True):
+            generated[row, len(prompts[i]) : lengths[i]] = True
+        found, entropy = model(
+            input_ids.to(device),
+            attention_mask.to(device),
+            positions=generated.to(device),
+            temperature=temperature,
+            with_entropy=True,
+        )  # (b, S) both
+        for i, log_prob, nats in zip(
+            indices,
+            found.double().sum(dim=1).tolist(),
+            entropy.double().sum(dim=1).tolist(),
+            strict=True,
+        ):
             log_probs[i], entropies[i] = log_prob, nats
     return TokenStatistics(log_probs, entropies, [len(ids) for ids in responses])
 

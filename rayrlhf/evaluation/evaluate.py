@@ -71,19 +71,26 @@ def evaluate(recipe: Recipe) -> Path:
     prompts = choose_prompts(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
     texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
 
-    answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)               # 1
+    answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)  # 1
     tokens_per_batch = cfg.batch_size * max_length
-    judges = _judges(recipe, tokenizer, tokens_per_batch)                           # 2
-    scores = {judge.name: {model: judge.score(given) for model, given in answers.items()}
-              for judge in judges}
+    judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
+    scores = {
+        judge.name: {model: judge.score(given) for model, given in answers.items()}
+        for judge in judges
+    }
     results = _about(recipe, cfg, models, len(prompts))
     results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
-    results |= compare_models(models, answers, held_out_rows(recipe, texts),        # 3
-                              reference=results["reference"], temperature=cfg.temperature,
-                              tokens_per_batch=tokens_per_batch)
+    results |= compare_models(
+        models,
+        answers,
+        held_out_rows(recipe, texts),  # 3
+        reference=results["reference"],
+        temperature=cfg.temperature,
+        tokens_per_batch=tokens_per_batch,
+    )
     results |= compare_with_people(texts, judges, single_ratings(cfg.comparisons))  # 4
     results["samples"] = samples(answers, scores, cfg.num_samples)
-    return _write(recipe, results, time.monotonic() - started)                      # 5
+    return _write(recipe, results, time.monotonic() - started)  # 5
 
 
 def models_of(recipe: Recipe) -> dict[str, Path]:
@@ -103,29 +110,43 @@ def models_of(recipe: Recipe) -> dict[str, Path]:
     needed = [*models.values(), *([recipe.path / "reward" / "final"] if recipe.reward else [])]
     for folder in needed:
         if not (folder / "config.json").is_file():
-            raise RecipeError(f"evaluate reads {folder}, which is no complete model: run the stage "
-                              "before it, `rayrlhf pipeline`, or take its section out")
+            raise RecipeError(
+                f"evaluate reads {folder}, which is no complete model: run the stage "
+                "before it, `rayrlhf pipeline`, or take its section out"
+            )
     return models
 
 
-def choose_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, recipe: Recipe,
-                   cfg: EvaluateConfig) -> list[tuple[str, list[int]]]:
+def choose_prompts(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    cfg: EvaluateConfig,
+) -> list[tuple[str, list[int]]]:
     """Return text and token ids of `num_prompts` prompts in an order that the seed decides."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
-        raise RecipeError(f"evaluate.max_response_tokens={cfg.max_response_tokens} leaves no room "
-                          f"for a prompt within model.max_length={recipe.model.max_length}: set it "
-                          "lower")
+        raise RecipeError(
+            f"evaluate.max_response_tokens={cfg.max_response_tokens} leaves no room "
+            f"for a prompt within model.max_length={recipe.model.max_length}: set it "
+            "lower"
+        )
     fitting = fitting_prompts(records, tokenizer, room)
-    order = np.random.default_rng(recipe.seed).permutation(len(fitting))[:cfg.num_prompts]
+    order = np.random.default_rng(recipe.seed).permutation(len(fitting))[: cfg.num_prompts]
     chosen = [fitting[i] for i in order]
-    return [(record["messages"][-1]["content"] if "messages" in record else record["prompt"], ids)
-            for record, ids in zip(chosen, encode_prompts(chosen, tokenizer, room), strict=True)]
+    return [
+        (record["messages"][-1]["content"] if "messages" in record else record["prompt"], ids)
+        for record, ids in zip(chosen, encode_prompts(chosen, tokenizer, room), strict=True)
+    ]
 
 
-def answer_prompts(models: Mapping[str, Path], prompts: Sequence[tuple[str, list[int]]],
-                   tokenizer: PreTrainedTokenizerFast, recipe: Recipe,
-                   cfg: EvaluateConfig) -> Answers:
+def answer_prompts(
+    models: Mapping[str, Path],
+    prompts: Sequence[tuple[str, list[int]]],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    cfg: EvaluateConfig,
+) -> Answers:
     """Let every model answer every prompt, with the same random seed per prompt for all models."""
     rng = np.random.default_rng([recipe.seed, 1])
     seeds = [int(seed) for seed in rng.integers(0, 2**31, size=len(prompts))]
@@ -139,59 +160,97 @@ def answer_prompts(models: Mapping[str, Path], prompts: Sequence[tuple[str, list
             engine.load_weights(weights.items(), version)
         else:
             engine = None
-            gc.collect()            # the engine before must leave its memory first
-            engine = Engine(str(folder), max_length=recipe.model.max_length,
-                            memory_gib=cfg.memory_gib, seed=recipe.seed,
-                            num_threads=recipe.resources.rollout.num_threads,
-                            eos_token_id=tokenizer.eos_token_id)
+            gc.collect()  # the engine before must leave its memory first
+            engine = Engine(
+                str(folder),
+                max_length=recipe.model.max_length,
+                memory_gib=cfg.memory_gib,
+                seed=recipe.seed,
+                num_threads=recipe.resources.rollout.num_threads,
+                eos_token_id=tokenizer.eos_token_id,
+            )
             shapes = found
-        completions = engine.generate([ids for _, ids in prompts], seeds=seeds,
-                                      max_tokens=cfg.max_response_tokens,
-                                      temperature=cfg.temperature)
+        completions = engine.generate(
+            [ids for _, ids in prompts],
+            seeds=seeds,
+            max_tokens=cfg.max_response_tokens,
+            temperature=cfg.temperature,
+        )
         answers[name] = [
-            Answer(text, tokenizer.decode(done.token_ids, skip_special_tokens=True), ids,
-                   done.token_ids, done.log_probs, done.finish_reason == "stop")
-            for (text, ids), done in zip(prompts, completions, strict=True)]
+            Answer(
+                text,
+                tokenizer.decode(done.token_ids, skip_special_tokens=True),
+                ids,
+                done.token_ids,
+                done.log_probs,
+                done.finish_reason == "stop",
+            )
+            for (text, ids), done in zip(prompts, completions, strict=True)
+        ]
     return answers
 
 
-def _judges(recipe: Recipe, tokenizer: PreTrainedTokenizerFast,
-            tokens_per_batch: int) -> list[Judge]:
+def _judges(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int
+) -> list[Judge]:
     judges: list[Judge] = [VaderJudge()]
     if recipe.reward is not None:
         model = ScalarHeadModel.from_pretrained(recipe.path / "reward" / "final")
-        judges.append(RewardJudge(model, eos_id=int(tokenizer.eos_token_id), device=_device(),
-                                  tokens_per_batch=tokens_per_batch))
+        judges.append(
+            RewardJudge(
+                model,
+                eos_id=int(tokenizer.eos_token_id),
+                device=_device(),
+                tokens_per_batch=tokens_per_batch,
+            )
+        )
     return judges
 
 
-def compare_answers(answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *,
-                    reference: str, seed: int) -> dict[str, Any]:
+def compare_answers(
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *, reference: str, seed: int
+) -> dict[str, Any]:
     """Return what follows from the words and the scores: win rates, ratings, distinct-2, lengths.
 
     `scores[judge][model]` is (N,), one per prompt.
     """
-    rates = {model: {judge: win_rate(by_model[model], by_model[reference], seed=seed)
-                     for judge, by_model in scores.items()} for model in answers}
-    rated = ratings({m: list(s) for m, s in scores[_RATINGS_JUDGE].items()}, anchor=reference,
-                    seed=seed)
+    rates = {
+        model: {
+            judge: win_rate(by_model[model], by_model[reference], seed=seed)
+            for judge, by_model in scores.items()
+        }
+        for model in answers
+    }
+    rated = ratings(
+        {m: list(s) for m, s in scores[_RATINGS_JUDGE].items()}, anchor=reference, seed=seed
+    )
     num = {model: len(given) for model, given in answers.items()}
     return {
         "judges": list(scores),
-        f"win_rate_vs_{reference}": {m: {j: rate.value for j, rate in row.items()}
-                                     for m, row in rates.items()},
-        "intervals": {f"win_rate_vs_{reference}": {
-            m: {j: _bounds(rate) for j, rate in row.items()} for m, row in rates.items()}},
-        "mean_score": {model: {judge: float(by_model[model].mean())
-                               for judge, by_model in scores.items()} for model in answers},
+        f"win_rate_vs_{reference}": {
+            m: {j: rate.value for j, rate in row.items()} for m, row in rates.items()
+        },
+        "intervals": {
+            f"win_rate_vs_{reference}": {
+                m: {j: _bounds(rate) for j, rate in row.items()} for m, row in rates.items()
+            }
+        },
+        "mean_score": {
+            model: {judge: float(by_model[model].mean()) for judge, by_model in scores.items()}
+            for model in answers
+        },
         "ratings_judge": _RATINGS_JUDGE,
         "ratings": {m: {"elo": r.value, "low": r.low, "high": r.high} for m, r in rated.items()},
-        "distinct_2": {model: distinct_n([a.response for a in given], 2)
-                       for model, given in answers.items()},
-        "response_length": {model: sum(len(a.response_ids) for a in given) / num[model]
-                            for model, given in answers.items()},
-        "ended_fraction": {model: sum(a.ended for a in given) / num[model]
-                           for model, given in answers.items()},
+        "distinct_2": {
+            model: distinct_n([a.response for a in given], 2) for model, given in answers.items()
+        },
+        "response_length": {
+            model: sum(len(a.response_ids) for a in given) / num[model]
+            for model, given in answers.items()
+        },
+        "ended_fraction": {
+            model: sum(a.ended for a in given) / num[model] for model, given in answers.items()
+        },
     }
 
 
@@ -199,9 +258,15 @@ def _bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
 
-def compare_models(models: Mapping[str, Path], answers: Answers,
-                   rows: Mapping[str, list[list[int]]], *, reference: str, temperature: float,
-                   tokens_per_batch: int) -> dict[str, Any]:
+def compare_models(
+    models: Mapping[str, Path],
+    answers: Answers,
+    rows: Mapping[str, list[list[int]]],
+    *,
+    reference: str,
+    temperature: float,
+    tokens_per_batch: int,
+) -> dict[str, Any]:
     """Return what takes a forward pass: entropy, KL from the reference, held-out loss.
 
     `engine_mismatch` is how far the engine's log-probs are from those found here, in nats per
@@ -209,9 +274,13 @@ def compare_models(models: Mapping[str, Path], answers: Answers,
     """
 
     def statistics(model: CausalLMModel, given: Sequence[Answer]) -> TokenStatistics:
-        return token_statistics(model, [a.prompt_ids for a in given],
-                                [a.response_ids for a in given], temperature=temperature,
-                                tokens_per_batch=tokens_per_batch)
+        return token_statistics(
+            model,
+            [a.prompt_ids for a in given],
+            [a.response_ids for a in given],
+            temperature=temperature,
+            tokens_per_batch=tokens_per_batch,
+        )
 
     own: dict[str, TokenStatistics] = {}
     by_reference: dict[str, TokenStatistics] = {}
@@ -220,14 +289,19 @@ def compare_models(models: Mapping[str, Path], answers: Answers,
         model = CausalLMModel.from_pretrained(folder).to(_device()).eval()
         own[name] = statistics(model, answers[name])
         if name == reference:
-            by_reference = {other: own[name] if other == name else statistics(model, given)
-                            for other, given in answers.items()}
-        losses[name] = {source: held_out_loss(model, ids, tokens_per_batch=tokens_per_batch)
-                        for source, ids in rows.items()}
+            by_reference = {
+                other: own[name] if other == name else statistics(model, given)
+                for other, given in answers.items()
+            }
+        losses[name] = {
+            source: held_out_loss(model, ids, tokens_per_batch=tokens_per_batch)
+            for source, ids in rows.items()
+        }
     return {
         "entropy_nats_per_token": {name: found.entropy_per_token for name, found in own.items()},
-        "kl_ref_per_response": {name: kl_per_response(found, by_reference[name])
-                                for name, found in own.items()},
+        "kl_ref_per_response": {
+            name: kl_per_response(found, by_reference[name]) for name, found in own.items()
+        },
         "held_out_loss": losses,
         "engine_mismatch": {name: _mismatch(answers[name], found) for name, found in own.items()},
     }
@@ -235,40 +309,58 @@ def compare_models(models: Mapping[str, Path], answers: Answers,
 
 def _mismatch(given: Sequence[Answer], found: TokenStatistics) -> float:
     """Return the mean over responses of |engine's - model's log-prob| per token, nats."""
-    gaps = [abs(sum(answer.log_probs) - log_prob) / max(1, length)
-            for answer, log_prob, length in zip(given, found.log_probs, found.lengths,
-                                                strict=True)]
+    gaps = [
+        abs(sum(answer.log_probs) - log_prob) / max(1, length)
+        for answer, log_prob, length in zip(given, found.log_probs, found.lengths, strict=True)
+    ]
     return sum(gaps) / max(1, len(gaps))
 
 
-def compare_with_people(texts: Mapping[str, RatedTexts], judges: Sequence[Judge],
-                        people: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def compare_with_people(
+    texts: Mapping[str, RatedTexts], judges: Sequence[Judge], people: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     """Return the reward model's and VADER's agreement with people, by source; {} without one."""
     vader = next(judge for judge in judges if isinstance(judge, VaderJudge))
     reward = next((judge for judge in judges if isinstance(judge, RewardJudge)), None)
     if reward is None:
         return {"reward_model": {}, "reward_model_calibration": []}
     scores = {source: reward.score_ids(rated.ids) for source, rated in texts.items()}
-    rows = {source: agreement(rated, scores[source], vader.score_texts(rated.texts), people)
-            for source, rated in texts.items()}
-    return {"reward_model": {source: row for source, row in rows.items() if row is not None},
-            "reward_model_calibration": pooled_calibration(texts, scores)}
+    rows = {
+        source: agreement(rated, scores[source], vader.score_texts(rated.texts), people)
+        for source, rated in texts.items()
+    }
+    return {
+        "reward_model": {source: row for source, row in rows.items() if row is not None},
+        "reward_model_calibration": pooled_calibration(texts, scores),
+    }
 
 
-def samples(answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
-            ) -> list[dict[str, Any]]:
+def samples(
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
+) -> list[dict[str, Any]]:
     """Return the first prompts with what every model answered, and the judges' scores."""
     prompts = next(iter(answers.values()))[:num_samples]
-    return [{"prompt": first.prompt,
-             "answers": {model: {"text": given[i].response, "ended": given[i].ended,
-                                 "scores": {judge: float(by_model[model][i])
-                                            for judge, by_model in scores.items()}}
-                         for model, given in answers.items()}}
-            for i, first in enumerate(prompts)]
+    return [
+        {
+            "prompt": first.prompt,
+            "answers": {
+                model: {
+                    "text": given[i].response,
+                    "ended": given[i].ended,
+                    "scores": {
+                        judge: float(by_model[model][i]) for judge, by_model in scores.items()
+                    },
+                }
+                for model, given in answers.items()
+            },
+        }
+        for i, first in enumerate(prompts)
+    ]
 
 
-def _about(recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, Path],
-           num_prompts: int) -> dict[str, Any]:
+def _about(
+    recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, Path], num_prompts: int
+) -> dict[str, Any]:
     """Return what the run and the evaluation were."""
     return {
         "name": recipe.name,
@@ -276,7 +368,7 @@ def _about(recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, Path],
         "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": lineage.commit(),
         "machine": f"{os.cpu_count()} CPU cores, {_accelerator()}{platform.system()} "
-                   f"{platform.machine()}",
+        f"{platform.machine()}",
         "versions": lineage.versions(),
         "reference": "sft" if "sft" in models else "base",
         "models": {name: str(folder) for name, folder in models.items()},
@@ -298,11 +390,16 @@ def _write(recipe: Recipe, results: dict[str, Any], seconds: float) -> Path:
     """Write results.json, the figures and the report; print the table."""
     folder = recipe.path / "evaluation"
     done = lineage.load(recipe)
-    results["seconds"] = {stage: float(done[stage]["seconds"]) for stage in recipe.stages
-                          if stage in done and stage != "evaluate"} | {"evaluate": seconds}
+    results["seconds"] = {
+        stage: float(done[stage]["seconds"])
+        for stage in recipe.stages
+        if stage in done and stage != "evaluate"
+    } | {"evaluate": seconds}
     curves: dict[str, plots.Records] = {
         stage: metrics.read_jsonl(recipe.path / stage / "metrics.jsonl")
-        for stage in ("pretrain", "sft", "reward", "ppo") if stage in recipe.stages}
+        for stage in ("pretrain", "sft", "reward", "ppo")
+        if stage in recipe.stages
+    }
     drawn = plots.figures(results, curves)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in drawn:
@@ -318,16 +415,31 @@ def _write(recipe: Recipe, results: dict[str, Any], seconds: float) -> Path:
 def summary(results: Mapping[str, Any]) -> str:
     """Return the tables that the terminal shows."""
     reference = results["reference"]
-    rows = [(MODELS[model], *[rates[judge] for judge in results["judges"]],
-             results["kl_ref_per_response"][model], results["entropy_nats_per_token"][model],
-             results["distinct_2"][model], round(results["ratings"][model]["elo"]))
-            for model, rates in results[f"win_rate_vs_{reference}"].items()]
+    rows = [
+        (
+            MODELS[model],
+            *[rates[judge] for judge in results["judges"]],
+            results["kl_ref_per_response"][model],
+            results["entropy_nats_per_token"][model],
+            results["distinct_2"][model],
+            round(results["ratings"][model]["elo"]),
+        )
+        for model, rates in results[f"win_rate_vs_{reference}"].items()
+    ]
     wins = [f"wins by {JUDGES[judge].removeprefix('the ')}" for judge in results["judges"]]
     shown = console.table(("model", *wins, "KL (nats)", "entropy", "distinct-2", "rating"), rows)
     if results["reward_model"]:
         shown += "\n\n" + console.table(
             ("reward model on", "pair accuracy", "one human", "VADER", "Pearson r"),
-            [(source, row["pair_accuracy"], row["human_pair_accuracy"],
-              row["vader_pair_accuracy"], row["pearson"])
-             for source, row in results["reward_model"].items()])
+            [
+                (
+                    source,
+                    row["pair_accuracy"],
+                    row["human_pair_accuracy"],
+                    row["vader_pair_accuracy"],
+                    row["pearson"],
+                )
+                for source, row in results["reward_model"].items()
+            ],
+        )
     return shown

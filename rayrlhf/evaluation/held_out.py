@@ -45,8 +45,9 @@ class RatedTexts:
         return [values[group] for group in self.groups]
 
 
-def rated_texts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast,
-                max_length: int) -> dict[str, RatedTexts]:
+def rated_texts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> dict[str, RatedTexts]:
     """Return the texts of comparisons by source (`all` for a record that names none).
 
     When every record of a source has `ratings`, all its texts compare with each other; ranks
@@ -56,8 +57,7 @@ def rated_texts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast,
     for comparison in encode_comparisons(records, tokenizer, max_length):
         record = records[comparison.record]
         rows = by_source.setdefault(str(record.get("source", "all")), [])
-        rows += [(record, k, ids)
-                 for k, ids in zip(comparison.kept, comparison.ids, strict=True)]
+        rows += [(record, k, ids) for k, ids in zip(comparison.kept, comparison.ids, strict=True)]
     return {source: _distinct(rows) for source, rows in by_source.items()}
 
 
@@ -88,12 +88,15 @@ def single_ratings(comparisons: str) -> dict[str, list[float]]:
     if not comparisons.startswith(_BUILTIN):
         return {}
     path = comparisons.replace("/comparisons.", "/ratings.")
-    return {record["text"].strip(): [float(r) for r in record["ratings"]]
-            for record in read_records(path, "document")}
+    return {
+        record["text"].strip(): [float(r) for r in record["ratings"]]
+        for record in read_records(path, "document")
+    }
 
 
-def agreement(texts: RatedTexts, scores: Floats, vader: Floats,
-              people: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
+def agreement(
+    texts: RatedTexts, scores: Floats, vader: Floats, people: Mapping[str, Sequence[float]]
+) -> dict[str, Any] | None:
     """Return the row of results.json for one source; None when no two ratings differ.
 
     `scores` and `vader` are (N,), aligned with the texts.
@@ -115,12 +118,15 @@ def agreement(texts: RatedTexts, scores: Floats, vader: Floats,
     }
 
 
-def pooled_calibration(texts: Mapping[str, RatedTexts], scores: Mapping[str, Floats]
-                       ) -> list[dict[str, float]]:
+def pooled_calibration(
+    texts: Mapping[str, RatedTexts], scores: Mapping[str, Floats]
+) -> list[dict[str, float]]:
     """Return the calibration bins over the pairs of all sources, none across sources."""
-    groups = [(s, r) for source, rated in texts.items()
-              for s, r in zip(rated.split(scores[source]), rated.split(rated.ratings),
-                              strict=True)]
+    groups = [
+        (s, r)
+        for source, rated in texts.items()
+        for s, r in zip(rated.split(scores[source]), rated.split(rated.ratings), strict=True)
+    ]
     return calibration([s for s, _ in groups], [r for _, r in groups])
 
 
@@ -141,14 +147,15 @@ def held_out_rows(recipe: Recipe, texts: Mapping[str, RatedTexts]) -> dict[str, 
 
 
 @torch.inference_mode()
-def held_out_loss(model: CausalLMModel, rows: Sequence[list[int]], *,
-                  tokens_per_batch: int) -> float:
+def held_out_loss(
+    model: CausalLMModel, rows: Sequence[list[int]], *, tokens_per_batch: int
+) -> float:
     """Return the mean negative log-probability in nats of all tokens but each row's first."""
     device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
     for indices in microbatches([len(row) for row in rows], tokens_per_batch):
         input_ids, attention_mask = pad([rows[i] for i in indices], 0)
-        log_probs = model(input_ids.to(device), attention_mask.to(device))      # (b, S)
+        log_probs = model(input_ids.to(device), attention_mask.to(device))  # (b, S)
         mask = attention_mask.to(device)[:, 1:]
         total -= float((log_probs[:, 1:].double() * mask).sum())
         num_tokens += int(mask.sum())

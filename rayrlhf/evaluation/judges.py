@@ -64,8 +64,9 @@ class VaderJudge:
 
     def score_texts(self, texts: Sequence[str]) -> Floats:
         """Return (N,) compound scores of plain texts."""
-        return np.array([self._analyzer.polarity_scores(text)["compound"] for text in texts],
-                        dtype=np.float64)
+        return np.array(
+            [self._analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64
+        )
 
 
 class RewardJudge:
@@ -73,8 +74,9 @@ class RewardJudge:
 
     name = "reward"
 
-    def __init__(self, model: ScalarHeadModel, *, eos_id: int, tokens_per_batch: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, model: ScalarHeadModel, *, eos_id: int, tokens_per_batch: int, device: torch.device
+    ) -> None:
         self._model = model.to(device).eval()
         self._eos_id = eos_id
         self._tokens_per_batch = tokens_per_batch
@@ -86,8 +88,9 @@ class RewardJudge:
         A response that was cut off is given the end-of-text token, where the model was trained to
         be read; being cut off costs nothing here.
         """
-        return self.score_ids([answer.prompt_ids + self._ended(answer.response_ids)
-                               for answer in answers])
+        return self.score_ids(
+            [answer.prompt_ids + self._ended(answer.response_ids) for answer in answers]
+        )
 
     @torch.inference_mode()
     def score_ids(self, sequences: Sequence[list[int]]) -> Floats:

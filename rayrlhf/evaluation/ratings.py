@@ -35,16 +35,18 @@ def outcomes(scores: Floats) -> Floats:
     return (np.sign(gap) + 1.0) / 2.0
 
 
-def win_rate(scores: Floats, rival_scores: Floats, *, seed: int,
-             num_resamples: int = 1000) -> Interval:
+def win_rate(
+    scores: Floats, rival_scores: Floats, *, seed: int, num_resamples: int = 1000
+) -> Interval:
     """Return the share of prompts (0 to 1, ties half) on which `scores` (N,) beats the rival."""
     won = outcomes(np.stack([scores, rival_scores], axis=1))[:, 0, 1]
     means = _resample(len(won), seed, num_resamples) @ won / len(won)
     return Interval(float(won.mean()), *_bounds(means))
 
 
-def bradley_terry(wins: Floats, *, max_iterations: int = 10_000, tolerance: float = 1e-10
-                  ) -> Floats:
+def bradley_terry(
+    wins: Floats, *, max_iterations: int = 10_000, tolerance: float = 1e-10
+) -> Floats:
     """Return the maximum-likelihood log-strengths (..., M), of mean 0, for `wins` (..., M, M).
 
     `wins[i, j]` counts the battles that i won against j; a tie counts half on either side. With
@@ -58,8 +60,9 @@ def bradley_terry(wins: Floats, *, max_iterations: int = 10_000, tolerance: floa
     won = np.where(off_diagonal, wins, 0.0).sum(axis=-1)
     played = np.where(off_diagonal, games, 0.0)
     if np.any(won <= 0) or np.any(won >= played.sum(axis=-1)):
-        raise ValueError("a model won every battle or none, so its strength has no bound: "
-                         "add a tie to each pair")
+        raise ValueError(
+            "a model won every battle or none, so its strength has no bound: add a tie to each pair"
+        )
     strengths = np.ones(won.shape)
     for _ in range(max_iterations):
         pair_sums = strengths[..., :, None] + strengths[..., None, :]
@@ -73,8 +76,9 @@ def bradley_terry(wins: Floats, *, max_iterations: int = 10_000, tolerance: floa
     return log_strengths
 
 
-def ratings(scores: Mapping[str, Sequence[float]], *, anchor: str, seed: int,
-            num_resamples: int = 1000) -> dict[str, Interval]:
+def ratings(
+    scores: Mapping[str, Sequence[float]], *, anchor: str, seed: int, num_resamples: int = 1000
+) -> dict[str, Interval]:
     """Return each model's rating; `scores[model]` is one number per prompt, by one judge.
 
     The anchor is 1000 by definition. Each pair of models is given one more battle, a tie, so that
@@ -86,14 +90,13 @@ def ratings(scores: Mapping[str, Sequence[float]], *, anchor: str, seed: int,
         return {name: Interval(ELO_OF_ANCHOR, ELO_OF_ANCHOR, ELO_OF_ANCHOR) for name in names}
     won = outcomes(np.array([scores[name] for name in names], dtype=np.float64).T)
     num_prompts, num_models = len(won), len(names)
-    draws = np.concatenate([np.ones((1, num_prompts)),
-                            _resample(num_prompts, seed, num_resamples)])
+    draws = np.concatenate([np.ones((1, num_prompts)), _resample(num_prompts, seed, num_resamples)])
     wins = (draws @ won.reshape(num_prompts, -1)).reshape(-1, num_models, num_models) + 0.5
     logs = bradley_terry(wins)
     elo = ELO_OF_ANCHOR + ELO_POINTS_PER_DECADE / np.log(10) * (
-        logs - logs[:, [names.index(anchor)]])
-    return {name: Interval(float(elo[0, i]), *_bounds(elo[1:, i]))
-            for i, name in enumerate(names)}
+        logs - logs[:, [names.index(anchor)]]
+    )
+    return {name: Interval(float(elo[0, i]), *_bounds(elo[1:, i])) for i, name in enumerate(names)}
 
 
 def _resample(num: int, seed: int, num_resamples: int) -> Floats:

@@ -36,8 +36,9 @@ MEASURES = {
 }
 
 
-def write_report(path: Path, results: Results, figures: Sequence[Figure], *,
-                 recipe_yaml: str) -> Path:
+def write_report(
+    path: Path, results: Results, figures: Sequence[Figure], *, recipe_yaml: str
+) -> Path:
     """Write the report and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".tmp")
@@ -84,14 +85,18 @@ def _lead(results: Results) -> str:
     models = [MODELS[m] for m in MODELS if m in results["models"]]
     listed = " and ".join(filter(None, [", ".join(models[:-1]), models[-1]]))
     verb = "answer" if len(models) > 1 else "answers"
-    return (f"{escape(listed[0].upper() + listed[1:])} {verb} the same {results['num_prompts']} "
-            f"held-out prompts with up to {results['max_response_tokens']} tokens each, sampled at "
-            f"temperature {results['temperature']:g}, seed {results['seed']}.")
+    return (
+        f"{escape(listed[0].upper() + listed[1:])} {verb} the same {results['num_prompts']} "
+        f"held-out prompts with up to {results['max_response_tokens']} tokens each, sampled at "
+        f"temperature {results['temperature']:g}, seed {results['seed']}."
+    )
 
 
 def _tile(value: str, name: str, more: str, *, main: bool = False) -> str:
-    return (f'<div class="card tile{" main" if main else ""}"><b>{escape(value)}</b>'
-            f'<div class="name">{escape(name)}</div><div class="more">{escape(more)}</div></div>')
+    return (
+        f'<div class="card tile{" main" if main else ""}"><b>{escape(value)}</b>'
+        f'<div class="name">{escape(name)}</div><div class="more">{escape(more)}</div></div>'
+    )
 
 
 def _tiles(results: Results) -> str:
@@ -102,22 +107,39 @@ def _tiles(results: Results) -> str:
         word = model_word(trained)
         for judge, rate in results[f"win_rate_vs_{reference}"][trained].items():
             low, high = results["intervals"][f"win_rate_vs_{reference}"][trained][judge]
-            tiles.append(_tile(f"{100 * rate:.0f}%", f"{word} preferred to {MODELS[reference]}",
-                               f"by {JUDGES[judge]}, {100 * low:.0f} to {100 * high:.0f}%",
-                               main=judge == results["ratings_judge"]))
+            tiles.append(
+                _tile(
+                    f"{100 * rate:.0f}%",
+                    f"{word} preferred to {MODELS[reference]}",
+                    f"by {JUDGES[judge]}, {100 * low:.0f} to {100 * high:.0f}%",
+                    main=judge == results["ratings_judge"],
+                )
+            )
         kl = results["kl_ref_per_response"][trained]
-        tiles.append(_tile(f"{kl:.1f}", "KL, nats per response",
-                           f"{word} from {MODELS[reference]}"))
+        tiles.append(
+            _tile(f"{kl:.1f}", "KL, nats per response", f"{word} from {MODELS[reference]}")
+        )
         base = results["distinct_2"][reference]
         if base:
             share = results["distinct_2"][trained] / base
-            tiles.append(_tile(f"{100 * share:.0f}%", "of the variety kept",
-                               f"distinct-2 of {word} over {MODELS[reference]}"))
+            tiles.append(
+                _tile(
+                    f"{100 * share:.0f}%",
+                    "of the variety kept",
+                    f"distinct-2 of {word} over {MODELS[reference]}",
+                )
+            )
     for source, row in list(results["reward_model"].items())[:1]:
         human = row["human_pair_accuracy"]
-        tiles.append(_tile(f"{100 * row['pair_accuracy']:.0f}%", f"reward model right on {source}",
-                           f"one human rater {100 * human:.0f}%" if human is not None
-                           else f"{row['num_pairs']:,} pairs"))
+        tiles.append(
+            _tile(
+                f"{100 * row['pair_accuracy']:.0f}%",
+                f"reward model right on {source}",
+                f"one human rater {100 * human:.0f}%"
+                if human is not None
+                else f"{row['num_pairs']:,} pairs",
+            )
+        )
     return "".join(tiles)
 
 
@@ -130,12 +152,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return (
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
-def _number(value: float | None, digits: int = 2, *, scale: float = 1.0, unit: str = "",
-            more: str = "") -> str:
+def _number(
+    value: float | None, digits: int = 2, *, scale: float = 1.0, unit: str = "", more: str = ""
+) -> str:
     """A cell: the number, a dash where there is none, and a smaller line under it."""
     if value is None:
         return '<span class="muted">&ndash;</span>'
@@ -148,9 +173,16 @@ def _models_table(results: Results) -> str:
     rates = results[f"win_rate_vs_{reference}"]
     bounds = results["intervals"][f"win_rate_vs_{reference}"]
     judges = results["judges"]
-    header = ["model", *[f"win rate, {JUDGES[judge]}" for judge in judges],
-              f"rating, {JUDGES[results['ratings_judge']]}", "KL, nats", "entropy, nats",
-              "distinct-2", "tokens", "ended"]
+    header = [
+        "model",
+        *[f"win rate, {JUDGES[judge]}" for judge in judges],
+        f"rating, {JUDGES[results['ratings_judge']]}",
+        "KL, nats",
+        "entropy, nats",
+        "distinct-2",
+        "tokens",
+        "ended",
+    ]
     rows = []
     for model in [m for m in MODELS if m in results["models"]]:
         cells = [f"<b>{escape(MODELS[model])}</b>"]
@@ -159,34 +191,71 @@ def _models_table(results: Results) -> str:
                 cells.append('<span class="muted">reference</span>')
                 continue
             low, high = bounds[model][judge]
-            cells.append(_number(rates[model][judge], 0, scale=100, unit="%",
-                                 more=f"{100 * low:.0f} to {100 * high:.0f}"))
+            cells.append(
+                _number(
+                    rates[model][judge],
+                    0,
+                    scale=100,
+                    unit="%",
+                    more=f"{100 * low:.0f} to {100 * high:.0f}",
+                )
+            )
         rating = results["ratings"][model]
-        cells.append(_number(rating["elo"], 0, more="" if model == reference else
-                             f"{rating['low']:.0f} to {rating['high']:.0f}"))
-        cells += [_number(results["kl_ref_per_response"][model], 1),
-                  _number(results["entropy_nats_per_token"][model]),
-                  _number(results["distinct_2"][model]),
-                  _number(results["response_length"][model], 1),
-                  _number(results["ended_fraction"][model], 0, scale=100, unit="%")]
+        cells.append(
+            _number(
+                rating["elo"],
+                0,
+                more="" if model == reference else f"{rating['low']:.0f} to {rating['high']:.0f}",
+            )
+        )
+        cells += [
+            _number(results["kl_ref_per_response"][model], 1),
+            _number(results["entropy_nats_per_token"][model]),
+            _number(results["distinct_2"][model]),
+            _number(results["response_length"][model], 1),
+            _number(results["ended_fraction"][model], 0, scale=100, unit="%"),
+        ]
         rows.append(cells)
     return _table(header, rows) + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
-        "small figures are 95% intervals (bootstrap over prompts).</p>")
+        "small figures are 95% intervals (bootstrap over prompts).</p>"
+    )
 
 
 def _reward_section(results: Results) -> str:
     table = results["reward_model"]
     if not table:
         return ""
-    rows = [[f"<b>{escape(source)}</b>",
-             *[_number(row[key], 1, scale=100, unit="%") for key in
-               ("pair_accuracy", "human_pair_accuracy", "vader_pair_accuracy")],
-             *[_number(row[key]) for key in ("pearson", "vader_pearson")],
-             f"{row['num_texts']:,}", f"{row['num_pairs']:,}"] for source, row in table.items()]
-    return ("<section><h2>The reward model on texts it never saw</h2>" + _table(
-        ["source", "pair accuracy", "one human rater", "VADER's rules", "r with mean rating",
-         "VADER's r", "texts", "pairs"], rows) + "</section>")
+    rows = [
+        [
+            f"<b>{escape(source)}</b>",
+            *[
+                _number(row[key], 1, scale=100, unit="%")
+                for key in ("pair_accuracy", "human_pair_accuracy", "vader_pair_accuracy")
+            ],
+            *[_number(row[key]) for key in ("pearson", "vader_pearson")],
+            f"{row['num_texts']:,}",
+            f"{row['num_pairs']:,}",
+        ]
+        for source, row in table.items()
+    ]
+    return (
+        "<section><h2>The reward model on texts it never saw</h2>"
+        + _table(
+            [
+                "source",
+                "pair accuracy",
+                "one human rater",
+                "VADER's rules",
+                "r with mean rating",
+                "VADER's r",
+                "texts",
+                "pairs",
+            ],
+            rows,
+        )
+        + "</section>"
+    )
 
 
 def _loss_section(results: Results) -> str:
@@ -194,22 +263,31 @@ def _loss_section(results: Results) -> str:
     sources = list(dict.fromkeys(source for row in losses.values() for source in row))
     if not sources:
         return ""
-    rows = [[f"<b>{escape(MODELS[model])}</b>", *[_number(losses[model].get(s), 3)
-                                                   for s in sources]]
-            for model in MODELS if model in losses]
-    return ("<section><h2>Held-out loss</h2>" + _table(["model", *sources], rows)
-            + '<p class="note">Nats per token; lower is better. Fine-tuning and PPO usually cost '
-            "some of it: that price is the alignment tax.</p></section>")
+    rows = [
+        [f"<b>{escape(MODELS[model])}</b>", *[_number(losses[model].get(s), 3) for s in sources]]
+        for model in MODELS
+        if model in losses
+    ]
+    return (
+        "<section><h2>Held-out loss</h2>"
+        + _table(["model", *sources], rows)
+        + '<p class="note">Nats per token; lower is better. Fine-tuning and PPO usually cost '
+        "some of it: that price is the alignment tax.</p></section>"
+    )
 
 
 def _figure(figure: Figure) -> str:
     """The figure in both themes; the browser shows the one that fits."""
-    light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-                   for png in (figure.light, figure.dark))
-    return (f'<figure class="card"><h3>{escape(figure.title)}</h3><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(figure.caption)}"></picture>'
-            f"<figcaption>{escape(figure.caption)}</figcaption></figure>")
+    light, dark = (
+        f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        for png in (figure.light, figure.dark)
+    )
+    return (
+        f'<figure class="card"><h3>{escape(figure.title)}</h3><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(figure.caption)}"></picture>'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
 
 
 def _samples_section(results: Results) -> str:
@@ -219,40 +297,56 @@ def _samples_section(results: Results) -> str:
     for sample in results["samples"]:
         answers = []
         for model, answer in sample["answers"].items():
-            scores = " · ".join(f"{JUDGES[judge].removeprefix('the ')} {score:+.2f}"
-                                for judge, score in answer["scores"].items())
+            scores = " · ".join(
+                f"{JUDGES[judge].removeprefix('the ')} {score:+.2f}"
+                for judge, score in answer["scores"].items()
+            )
             cut = "" if answer["ended"] else ' <span class="muted" title="cut off">…</span>'
             trained = " trained" if model.startswith("ppo") else ""
-            answers.append(f'<div class="answer{trained}"><div class="who">'
-                           f"{escape(model_word(model))}</div><p>{escape(answer['text'].strip())}"
-                           f'{cut}</p><div class="scores">{escape(scores)}</div></div>')
-        shown.append(f'<article class="card sample"><p class="prompt">{escape(sample["prompt"])}'
-                     f'</p><div class="answers">{"".join(answers)}</div></article>')
-    return (f"<section><h2>The same prompts, every stage</h2>"
-            f'<p class="note">The first {len(shown)} of the {results["num_prompts"]} prompts, not '
-            "chosen by hand. An ellipsis marks an answer that was cut off at the limit.</p>"
-            f"{''.join(shown)}</section>")
+            answers.append(
+                f'<div class="answer{trained}"><div class="who">'
+                f"{escape(model_word(model))}</div><p>{escape(answer['text'].strip())}"
+                f'{cut}</p><div class="scores">{escape(scores)}</div></div>'
+            )
+        shown.append(
+            f'<article class="card sample"><p class="prompt">{escape(sample["prompt"])}'
+            f'</p><div class="answers">{"".join(answers)}</div></article>'
+        )
+    return (
+        f"<section><h2>The same prompts, every stage</h2>"
+        f'<p class="note">The first {len(shown)} of the {results["num_prompts"]} prompts, not '
+        "chosen by hand. An ellipsis marks an answer that was cut off at the limit.</p>"
+        f"{''.join(shown)}</section>"
+    )
 
 
 def _run(results: Results, recipe_yaml: str) -> str:
     seconds = results["seconds"]
-    road = "".join(f'<li class="card">{escape(STAGES[stage])}<span>{_duration(spent)}</span></li>'
-                   for stage, spent in seconds.items())
+    road = "".join(
+        f'<li class="card">{escape(STAGES[stage])}<span>{_duration(spent)}</span></li>'
+        for stage, spent in seconds.items()
+    )
     total = f" In all {_duration(sum(seconds.values()))}." if len(seconds) > 1 else ""
-    facts = {"written": results["created"], "commit": results["commit"] or "not a checkout",
-             "machine": results["machine"],
-             "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-             **{f"model {MODELS[model]}": path for model, path in results["models"].items()}}
-    return (f'<p class="note">Wall-clock time of each stage.{total}</p><ul class="road">{road}</ul>'
-            f'<div class="card" style="padding:14px 18px;margin:0 0 12px"><dl>'
-            f"{_definitions(facts)}</dl></div>"
-            f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe_yaml)}</pre>'
-            "</details>")
+    facts = {
+        "written": results["created"],
+        "commit": results["commit"] or "not a checkout",
+        "machine": results["machine"],
+        "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
+        **{f"model {MODELS[model]}": path for model, path in results["models"].items()},
+    }
+    return (
+        f'<p class="note">Wall-clock time of each stage.{total}</p><ul class="road">{road}</ul>'
+        f'<div class="card" style="padding:14px 18px;margin:0 0 12px"><dl>'
+        f"{_definitions(facts)}</dl></div>"
+        f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe_yaml)}</pre>'
+        "</details>"
+    )
 
 
 def _definitions(entries: Mapping[str, str]) -> str:
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>"
-                   for name, text in entries.items())
+    return "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in entries.items()
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -2,8 +2,14 @@
 
 MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 JUDGES = {"vader": "VADER", "reward": "the reward model"}
-STAGES = {"corpus": "Corpus", "pretrain": "Pretraining", "sft": "Supervised fine-tuning",
-          "reward": "Reward model", "ppo": "PPO", "evaluate": "Evaluation"}
+STAGES = {
+    "corpus": "Corpus",
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "evaluate": "Evaluation",
+}
 
 
 def model_word(model: str) -> str:

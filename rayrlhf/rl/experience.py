@@ -46,9 +46,11 @@ class Rollout:
     """(B,) int64: version of the weights that generated the row."""
 
     @classmethod
-    def from_completions(cls, prompts: Sequence[Sequence[int]],
-                         completions: Sequence[Completion]) -> "Rollout":
+    def from_completions(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
+    ) -> "Rollout":
         """Join prompts (token ids) with their completions, row by row."""
+
         def flat(rows: Sequence[Sequence[int]]) -> Tensor:
             return torch.tensor([token for row in rows for token in row], dtype=torch.int64)
 
@@ -65,10 +67,12 @@ class Rollout:
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
         """Put the rows of several rollouts one after the other."""
-        return cls(**{
-            field.name: torch.cat([vars(part)[field.name] for part in parts])
-            for field in fields(cls)
-        })
+        return cls(
+            **{
+                field.name: torch.cat([vars(part)[field.name] for part in parts])
+                for field in fields(cls)
+            }
+        )
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -123,9 +127,13 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> "TokenBatch":
         """Return the same batch on `device`."""
-        return replace(self, input_ids=self.input_ids.to(device), mask=self.mask.to(device),
-                       attention_mask=self.attention_mask.to(device),
-                       positions=self.positions.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            mask=self.mask.to(device),
+            attention_mask=self.attention_mask.to(device),
+            positions=self.positions.to(device),
+        )
 
 
 class RowReader:
@@ -142,15 +150,17 @@ class RowReader:
         """Return the rows `indices`; without any, row 0 with a mask of 0."""
         rows = list(indices) or [0]
         sequences = [torch.cat([self._prompts[i], self._responses[i]]) for i in rows]
-        input_ids, attention_mask = pad(sequences, self.pad_id)           # type: ignore[arg-type]
-        prompt_lengths = self.rollout.prompt_lengths[rows]                # (b,)
-        response_lengths = self.rollout.response_lengths[rows]            # (b,)
-        mask = length_mask(response_lengths)                              # (b, T)
+        input_ids, attention_mask = pad(sequences, self.pad_id)  # type: ignore[arg-type]
+        prompt_lengths = self.rollout.prompt_lengths[rows]  # (b,)
+        response_lengths = self.rollout.response_lengths[rows]  # (b,)
+        mask = length_mask(response_lengths)  # (b, T)
         positions = prompt_lengths[:, None] + torch.arange(mask.shape[1])
         last = prompt_lengths + response_lengths - 1
         return TokenBatch(
-            indices=list(indices), input_ids=input_ids, attention_mask=attention_mask,
-            positions=torch.minimum(positions, last[:, None]),            # (b, T)
+            indices=list(indices),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            positions=torch.minimum(positions, last[:, None]),  # (b, T)
             mask=mask if indices else torch.zeros_like(mask),
         )
 
@@ -169,7 +179,7 @@ def length_mask(lengths: Tensor) -> Tensor:
 def pad_rows(flat: Tensor, lengths: Tensor) -> Tensor:
     """Lay a flat (N,) tensor out as (B, T), padded with 0."""
     mask = length_mask(lengths).bool()
-    padded = torch.zeros(mask.shape, dtype=flat.dtype)                    # (B, T)
+    padded = torch.zeros(mask.shape, dtype=flat.dtype)  # (B, T)
     padded[mask] = flat
     return padded
 
@@ -184,24 +194,36 @@ def scatter_rows(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
 
     Raises ValueError unless every row is there exactly once.
     """
-    rows = {index: row for indices, tensors in parts
-            for index, row in zip(indices, tensors, strict=True)}
+    rows = {
+        index: row
+        for indices, tensors in parts
+        for index, row in zip(indices, tensors, strict=True)
+    }
     count = sum(len(indices) for indices, _ in parts)
     if count != len(rows) or sorted(rows) != list(range(count)):
-        raise ValueError(f"the ranks returned {count} rows, {len(rows)} of them different: every "
-                         "row must come back exactly once")
+        raise ValueError(
+            f"the ranks returned {count} rows, {len(rows)} of them different: every "
+            "row must come back exactly once"
+        )
     return torch.cat([rows[index] for index in range(count)])
 
 
-def minibatches(num_responses: int, num_minibatches: int, *, seed: int, step: int,
-                epoch: int) -> list[list[int]]:
+def minibatches(
+    num_responses: int, num_minibatches: int, *, seed: int, step: int, epoch: int
+) -> list[list[int]]:
     """Return the rows of each minibatch of one epoch: a permutation cut into equal parts."""
     order = np.random.default_rng([seed, step, epoch]).permutation(num_responses)
     return [part.tolist() for part in np.split(order, num_minibatches)]
 
 
-def rank_microbatches(rows: Sequence[int], lengths: Sequence[int], *, rank: int, world_size: int,
-                      tokens_per_microbatch: int) -> list[list[int]]:
+def rank_microbatches(
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    tokens_per_microbatch: int,
+) -> list[list[int]]:
     """Return the micro-batches of `rank` for `rows`, whose tokens `lengths[row]` counts.
 
     Rows are dealt to the ranks by their length, sorted, and cut by the token budget. Every rank

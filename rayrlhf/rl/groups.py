@@ -81,8 +81,10 @@ def _check(owner: Pending[Any], ref: Ref) -> None:
     try:
         ray.get(ref)
     except ray.exceptions.RayActorError as error:
-        raise RuntimeError(f"{owner.role}.{owner.call}: the worker died; run the same command "
-                           f"again to resume from the newest checkpoint. {error}") from error
+        raise RuntimeError(
+            f"{owner.role}.{owner.call}: the worker died; run the same command "
+            f"again to resume from the newest checkpoint. {error}"
+        ) from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RecipeError):
             raise error.cause from None
@@ -193,7 +195,8 @@ class RolloutGroup(Group):
         shares = torch.arange(len(prompts)).tensor_split(len(self.workers))
         refs = [
             worker.generate.remote([prompts[i] for i in part.tolist()], int(part[0]), step)
-            for worker, part in zip(self.workers, shares, strict=True) if len(part)
+            for worker, part in zip(self.workers, shares, strict=True)
+            if len(part)
         ]
         return self._pending("generate", refs, Rollout.join)
 

@@ -19,12 +19,12 @@ from rayrlhf.rl.groups import (
     RolloutGroup,
     wait_all,
 )
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
     ReferenceWorker,
     RewardWorker,
-    RoleSettings,
     RolloutWorker,
 )
 
@@ -101,16 +101,24 @@ def plan(recipe: Recipe, nodes: Sequence[Mapping[str, float]] | None = None) -> 
     if nodes is not None:
         missing = session.shortage(layout.demand, nodes)
         if missing is None and layout.strategy == "STRICT_SPREAD" and len(nodes) < len(places):
-            missing = (f"resources.placement=STRICT_SPREAD asks for {len(places)} nodes, "
-                       f"{len(nodes)} registered: add nodes, or set resources.placement=SPREAD")
+            missing = (
+                f"resources.placement=STRICT_SPREAD asks for {len(places)} nodes, "
+                f"{len(nodes)} registered: add nodes, or set resources.placement=SPREAD"
+            )
         if missing is not None:
             raise RecipeError(f"ppo: {missing}")
     return layout
 
 
+def cluster_nodes() -> list[dict[str, float]]:
+    """Return the resources of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 @contextmanager
-def launch(layout: Layout, settings: Mapping[Role, RoleSettings],
-           *, deadline_s: float) -> Iterator[Roles]:
+def launch(
+    layout: Layout, settings: Mapping[Role, RoleSettings], *, deadline_s: float
+) -> Iterator[Roles]:
     """Start every worker of `layout`, all at the same time, and end them with the block.
 
     Raises TimeoutError when the placement group or a role is not ready after `deadline_s`.
@@ -121,19 +129,30 @@ def launch(layout: Layout, settings: Mapping[Role, RoleSettings],
         try:
             ray.get(group.ready(), timeout=deadline_s)
         except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"the placement group of the PPO roles is not ready after "
-                               f"ppo.deadline_s={deadline_s:g} s: {layout.bundles}; see `ray "
-                               "status` for who holds the resources") from None
+            raise TimeoutError(
+                f"the placement group of the PPO roles is not ready after "
+                f"ppo.deadline_s={deadline_s:g} s: {layout.bundles}; see `ray "
+                "status` for who holds the resources"
+            ) from None
         hosts = _hosts(group, layout)
         for index, place in enumerate(layout.places):
             first = next(i for i, other in enumerate(layout.places) if other.role == place.role)
-            mine = replace(settings[place.role], rank=place.rank, world_size=place.world_size,
-                           num_gpus=place.gpus, host=hosts[first])
+            mine = replace(
+                settings[place.role],
+                rank=place.rank,
+                world_size=place.world_size,
+                num_gpus=place.gpus,
+                host=hosts[first],
+            )
             remote = ray.remote(WORKERS[place.role])
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            handles[place.role].append(remote.options(
-                num_cpus=place.cpus, num_gpus=place.gpus, scheduling_strategy=strategy,
-            ).remote(mine))
+            handles[place.role].append(
+                remote.options(
+                    num_cpus=place.cpus,
+                    num_gpus=place.gpus,
+                    scheduling_strategy=strategy,
+                ).remote(mine)
+            )
         roles = Roles(
             actor=ActorGroup(handles["actor"], deadline_s=deadline_s),
             critic=CriticGroup(handles["critic"], deadline_s=deadline_s),
@@ -141,8 +160,13 @@ def launch(layout: Layout, settings: Mapping[Role, RoleSettings],
             reward=RewardGroup(handles["reward"], deadline_s=deadline_s),
             rollout=RolloutGroup(handles["rollout"], deadline_s=deadline_s),
         )
-        wait_all(roles.rollout.start(), roles.actor.start(), roles.critic.start(),
-                 roles.reference.start(), roles.reward.start())
+        wait_all(
+            roles.rollout.start(),
+            roles.actor.start(),
+            roles.critic.start(),
+            roles.reference.start(),
+            roles.reward.start(),
+        )
         yield roles
     finally:
         for handle in [handle for role in ROLES for handle in handles[role]]:

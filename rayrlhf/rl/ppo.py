@@ -35,9 +35,9 @@ from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.experience import Experience, Rollout, flatten, pad_rows
 from rayrlhf.rl.groups import share, wait_all
-from rayrlhf.rl.placement import Roles, launch, plan
+from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.weight_sync import sync_weights
-from rayrlhf.rl.workers import RoleSettings
 from rayrlhf.training.checkpoint import STATE_DIR, begin, commit, is_complete, newest_checkpoint
 
 NUM_SAMPLES = 3
@@ -54,8 +54,9 @@ class Prompts:
 
     def take(self, step: int) -> list[list[int]]:
         """Return the P prompts of `step`."""
-        chosen = batch_indices(seed=self.seed, step=step, batch_size=self.batch_size,
-                               num_records=len(self.ids))
+        chosen = batch_indices(
+            seed=self.seed, step=step, batch_size=self.batch_size, num_records=len(self.ids)
+        )
         return [self.ids[index] for index in chosen]
 
 
@@ -88,55 +89,75 @@ def train_ppo(recipe: Recipe) -> Path:
     settings = role_settings(recipe, cfg, tokenizer, prompts, checkpoint)
 
     session.connect(recipe)
-    layout = plan(recipe)
-    session.require(layout.demand, wait_s=recipe.resources.wait_s, stage="ppo")
-    with (launch(layout, settings, deadline_s=cfg.deadline_s) as roles,
-          MetricsLogger(stage_dir, start_step=state.step, num_steps=cfg.steps,
-                        trackers=recipe.tracking) as log):
+    session.require(plan(recipe).demand, wait_s=recipe.resources.wait_s, stage="ppo")
+    layout = plan(recipe, cluster_nodes())
+    with (
+        launch(layout, settings, deadline_s=cfg.deadline_s) as roles,
+        MetricsLogger(
+            stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
+        ) as log,
+    ):
         optimize(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)
         roles.actor.export(str(final)).wait()
         return commit(final)
 
 
-def optimize(cfg: PPOConfig, roles: Roles, prompts: Prompts, state: State, log: MetricsLogger,
-             tokenizer: PreTrainedTokenizerFast) -> None:
+def optimize(
+    cfg: PPOConfig,
+    roles: Roles,
+    prompts: Prompts,
+    state: State,
+    log: MetricsLogger,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     sync_weights(roles.actor, roles.rollout, version=state.version)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
         with timer("step"):
-            with timer("rollout"):                                    # 1. on-policy by construction
+            with timer("rollout"):  # 1. on-policy by construction
                 rollout = roles.rollout.generate(prompts.take(step), step).wait()
-                shared, mask = share(rollout), rollout.mask           # mask (B, T)
+                shared, mask = share(rollout), rollout.mask  # mask (B, T)
 
-            with timer("evaluate"):                                   # 2. start all, then wait once
+            with timer("evaluate"):  # 2. start all, then wait once
                 (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
-                    roles.actor.log_probs(shared, step), roles.reference.log_probs(shared),
-                    roles.critic.values(shared, step), roles.reward.score(shared))
-                mismatch = check_mismatch(old_log_probs, rollout, cfg)         # 3 x (N,), (B,)
+                    roles.actor.log_probs(shared, step),
+                    roles.reference.log_probs(shared),
+                    roles.critic.values(shared, step),
+                    roles.reward.score(shared),
+                )
+                mismatch = check_mismatch(old_log_probs, rollout, cfg)  # 3 x (N,), (B,)
 
             kl = pad_rows(kl_estimate(old_log_probs, ref_log_probs), rollout.response_lengths)
-            values_BT = pad_rows(values, rollout.response_lengths)    # 3. nats (B, T); (B, T)
-            rewards = token_rewards(judge(scores, rollout.truncated, cfg), kl, mask,
-                                    kl_coef=state.kl.coef)            # (B, T)
-            advantages, returns = gae(rewards, values_BT, mask, gamma=cfg.gamma,
-                                      gae_lambda=cfg.gae_lambda)      # (B, T) each
+            values_BT = pad_rows(values, rollout.response_lengths)  # 3. nats (B, T); (B, T)
+            rewards = token_rewards(
+                judge(scores, rollout.truncated, cfg), kl, mask, kl_coef=state.kl.coef
+            )  # (B, T)
+            advantages, returns = gae(
+                rewards, values_BT, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda
+            )  # (B, T) each
             if cfg.whiten_advantages:
                 advantages = whiten(advantages, mask)
-            experience = share(Experience(
-                rollout, old_log_probs=old_log_probs, advantages=flatten(advantages, mask),
-                old_values=values, returns=flatten(returns, mask)))
+            experience = share(
+                Experience(
+                    rollout,
+                    old_log_probs=old_log_probs,
+                    advantages=flatten(advantages, mask),
+                    old_values=values,
+                    returns=flatten(returns, mask),
+                )
+            )
 
             is_warm = step >= cfg.critic_warmup_steps
-            with timer("update"):                                     # 4. V must be sane first
+            with timer("update"):  # 4. V must be sane first
                 updates = [roles.critic.update(experience, step)]
                 if is_warm:
                     updates.append(roles.actor.update(experience, step))
                 losses = wait_all(*updates)
 
-            with timer("sync"):                                       # 5. no rollout on old weights
+            with timer("sync"):  # 5. no rollout on old weights
                 if is_warm:
                     state.version += 1
                     sync_weights(roles.actor, roles.rollout, version=state.version)
@@ -148,11 +169,14 @@ def optimize(cfg: PPOConfig, roles: Roles, prompts: Prompts, state: State, log: 
             "reward/score_mean": float(scores.mean()),
             "reward/score_std": float(scores.std(correction=0)),
             "reward/return_mean": float(rewards.sum(dim=1).mean()),
-            "kl/ref_per_response": kl_per_response, "kl/coef": kl_coef,
-            "kl/rollout_mismatch": mismatch, "policy/entropy": entropy,
+            "kl/ref_per_response": kl_per_response,
+            "kl/coef": kl_coef,
+            "kl/rollout_mismatch": mismatch,
+            "policy/entropy": entropy,
             "value/explained_variance": explained_variance(values_BT, returns, mask),
             "weights/version": state.version,
-            **rollout_metrics(rollout, timer), **timer.seconds,
+            **rollout_metrics(rollout, timer),
+            **timer.seconds,
         }
         for part in losses:
             metrics |= part
@@ -195,16 +219,24 @@ def rollout_metrics(rollout: Rollout, timer: Timer) -> dict[str, float]:
     }
 
 
-def log_samples(log: MetricsLogger, step: int, rollout: Rollout, scores: Tensor,
-                tokenizer: PreTrainedTokenizerFast) -> None:
+def log_samples(
+    log: MetricsLogger,
+    step: int,
+    rollout: Rollout,
+    scores: Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     """Write the first few responses of the step, as text."""
     prompts = rollout.prompt_ids.split(rollout.prompt_lengths.tolist())
     for index, response in enumerate(rollout.responses()[:NUM_SAMPLES]):
-        log.sample(step, {
-            "prompt": tokenizer.decode(prompts[index].tolist(), skip_special_tokens=True),
-            "text": tokenizer.decode(response, skip_special_tokens=True),
-            "score": round(float(scores[index]), 4),
-        })
+        log.sample(
+            step,
+            {
+                "prompt": tokenizer.decode(prompts[index].tolist(), skip_special_tokens=True),
+                "text": tokenizer.decode(response, skip_special_tokens=True),
+                "score": round(float(scores[index]), 4),
+            },
+        )
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -216,9 +248,10 @@ def save(cfg: PPOConfig, roles: Roles, state: State, stage_dir: Path) -> None:
     """Write a checkpoint: the actor as a Hugging Face folder, and all that resuming needs."""
     folder = begin(stage_dir, state.step)
     wait_all(roles.actor.save(str(folder)), roles.critic.save(str(folder)))
-    (folder / STATE_DIR / "controller.json").write_text(json.dumps(
-        {"step": state.step, "version": state.version, "kl_coef": state.kl.coef}),
-        encoding="utf-8")
+    (folder / STATE_DIR / "controller.json").write_text(
+        json.dumps({"step": state.step, "version": state.version, "kl_coef": state.kl.coef}),
+        encoding="utf-8",
+    )
     commit(folder, keep=cfg.keep_checkpoints)
 
 
@@ -236,14 +269,21 @@ def load_prompts(recipe: Recipe, cfg: PPOConfig, tokenizer: PreTrainedTokenizerF
     """Read and tokenize the prompts that leave room for a response."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
-        raise RecipeError(f"ppo.max_response_tokens={cfg.max_response_tokens} leaves no room for a "
-                          f"prompt within model.max_length={recipe.model.max_length}: set it lower")
+        raise RecipeError(
+            f"ppo.max_response_tokens={cfg.max_response_tokens} leaves no room for a "
+            f"prompt within model.max_length={recipe.model.max_length}: set it lower"
+        )
     records = fitting_prompts(read_records(cfg.prompts, "prompt"), tokenizer, room)
     return Prompts(encode_prompts(records, tokenizer, room), recipe.seed, cfg.batch_size)
 
 
-def role_settings(recipe: Recipe, cfg: PPOConfig, tokenizer: PreTrainedTokenizerFast,
-                  prompts: Prompts, checkpoint: Path | None) -> dict[Role, RoleSettings]:
+def role_settings(
+    recipe: Recipe,
+    cfg: PPOConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Prompts,
+    checkpoint: Path | None,
+) -> dict[Role, RoleSettings]:
     """Return what each role has to know.
 
     Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids.
@@ -251,23 +291,31 @@ def role_settings(recipe: Recipe, cfg: PPOConfig, tokenizer: PreTrainedTokenizer
     policy = _model(lineage.start_model(recipe, "ppo"), tokenizer)
     critic = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
     reward = _model(lineage.start_model(recipe, "ppo.reward"), tokenizer)
-    states = {role: str(checkpoint / STATE_DIR / role) if checkpoint else None
-              for role in ("actor", "critic")}
+    states = {
+        role: str(checkpoint / STATE_DIR / role) if checkpoint else None
+        for role in ("actor", "critic")
+    }
     # The critic's state folder holds its weights, too; the actor's are the checkpoint itself.
     models: dict[Role, str] = {
-        "actor": str(checkpoint) if checkpoint else policy, "critic": states["critic"] or critic,
-        "reference": policy, "reward": reward, "rollout": policy,
+        "actor": str(checkpoint) if checkpoint else policy,
+        "critic": states["critic"] or critic,
+        "reference": policy,
+        "reward": reward,
+        "rollout": policy,
     }
     assert isinstance(tokenizer.eos_token_id, int), "encode_prompts checks the tokenizer"
     pad_id = tokenizer.pad_token_id
     return {
         role: RoleSettings(
-            ppo=cfg, model_path=path, state_path=states.get(role),
+            ppo=cfg,
+            model_path=path,
+            state_path=states.get(role),
             tokenizer_path=str((recipe.path / "tokenizer").absolute()),
             corpus_path=str((recipe.path / "corpus").absolute()),
             max_length=max(map(len, prompts.ids)) + cfg.max_response_tokens,
             pad_id=pad_id if isinstance(pad_id, int) else tokenizer.eos_token_id,
-            eos_id=tokenizer.eos_token_id, seed=recipe.seed,
+            eos_id=tokenizer.eos_token_id,
+            seed=recipe.seed,
             num_threads=recipe.resources.role(role).num_threads,
         )
         for role, path in models.items()
@@ -280,8 +328,10 @@ def _model(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: PPO starts from this model, but it cannot be read "
-                          f"({str(error).splitlines()[0]}): run the stage before, or correct "
-                          "model.path") from None
+        raise RecipeError(
+            f"{path}: PPO starts from this model, but it cannot be read "
+            f"({str(error).splitlines()[0]}): run the stage before, or correct "
+            "model.path"
+        ) from None
     check_vocabulary(tokenizer, config.vocab_size)
     return str(Path(path).absolute()) if Path(path).exists() else path

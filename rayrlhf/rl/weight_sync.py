@@ -17,5 +17,7 @@ def sync_weights(actor: ActorGroup, rollout: RolloutGroup, *, version: int) -> N
     acknowledged = rollout.load_weights(weights, version).wait()
     wrong = [engine for engine, got in enumerate(acknowledged) if got != version]
     if wrong:
-        raise RuntimeError(f"weights of version {version}: engine {wrong[0]} acknowledged version "
-                           f"{acknowledged[wrong[0]]}; no rollout may start on mixed versions")
+        raise RuntimeError(
+            f"weights of version {version}: engine {wrong[0]} acknowledged version "
+            f"{acknowledged[wrong[0]]}; no rollout may start on mixed versions"
+        )

@@ -46,23 +46,35 @@ def learning_rate(step: int, cfg: TrainingConfig, total_steps: int) -> float:
 
 def make_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; norms, biases and embeddings do not decay."""
-    embeddings = {id(parameter) for child in module.modules() if isinstance(child, nn.Embedding)
-                  for parameter in child.parameters()}
+    embeddings = {
+        id(parameter)
+        for child in module.modules()
+        if isinstance(child, nn.Embedding)
+        for parameter in child.parameters()
+    }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     # fused: one pass over memory per parameter, on CPU as on CUDA.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.learning_rate,
-                             betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.learning_rate,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        fused=True,
+    )
 
 
 class Backend(ABC):
     """A module in training on this rank; see the head of this file."""
 
-    def __init__(self, module: nn.Module, cfg: TrainingConfig, total_steps: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
+    ) -> None:
         self.module = module
         self.cfg = cfg
         self.total_steps = total_steps
@@ -100,8 +112,7 @@ class Backend(ABC):
         norm = self._update()
         self.num_steps += 1
         self.num_skipped += not math.isfinite(norm)
-        return {"grad_norm": norm, "learning_rate": rate,
-                "skipped_steps": float(self.num_skipped)}
+        return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": float(self.num_skipped)}
 
     def global_sums(self, values: Sequence[float]) -> list[float]:
         """Return each value summed over the ranks (float64)."""
@@ -123,8 +134,12 @@ class Backend(ABC):
         """Write what `load_state` needs into `folder` (which exists); every rank calls it."""
         tensors = self._state()
         if tensors is not None:
-            meta = {"num_steps": self.num_steps, "num_skipped": self.num_skipped,
-                    "world_size": self.world_size, "layout": self._layout}
+            meta = {
+                "num_steps": self.num_steps,
+                "num_skipped": self.num_skipped,
+                "world_size": self.world_size,
+                "layout": self._layout,
+            }
             save_tensors(self._state_file(folder), tensors, meta)
         self.barrier()
 
@@ -136,8 +151,10 @@ class Backend(ABC):
         """
         tensors, meta = load_tensors(self._state_file(folder))
         if meta["layout"] != self._layout:
-            raise RecipeError(f"{folder}: written with {meta['layout']}, but the recipe says "
-                              f"{self._layout}: use that, or start afresh in another run_dir")
+            raise RecipeError(
+                f"{folder}: written with {meta['layout']}, but the recipe says "
+                f"{self._layout}: use that, or start afresh in another run_dir"
+            )
         self.num_steps = meta["num_steps"]
         self.num_skipped = meta["num_skipped"]
         self._restore(tensors)
@@ -201,16 +218,20 @@ class DDPBackend(Backend):
 
     _layout = "backend=ddp"
 
-    def __init__(self, module: nn.Module, cfg: TrainingConfig, total_steps: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
+    ) -> None:
         super().__init__(module.to(device), cfg, total_steps, device)
         self.optimizer = make_optimizer(self.module, cfg)
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._wrapper: DistributedDataParallel | None = None
         if self.world_size > 1:
             self._wrapper = DistributedDataParallel(
-                self.module, device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.module,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def _state_file(self, folder: str | Path) -> Path:
         return Path(folder) / "optimizer.safetensors"
@@ -247,8 +268,9 @@ class DeepSpeedBackend(Backend):
     stage 0 uses autocast as DDP does. State is saved per rank: it fits the same number of ranks.
     """
 
-    def __init__(self, module: nn.Module, cfg: TrainingConfig, total_steps: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
+    ) -> None:
         _meet_deepspeed_needs(device)
         import deepspeed
 
@@ -258,16 +280,20 @@ class DeepSpeedBackend(Backend):
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         bf16 = cfg.precision == "bfloat16" and self.stage > 0
         self.engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=make_optimizer(self.module, cfg),
+            model=self.module,
+            optimizer=make_optimizer(self.module, cfg),
             config=_deepspeed_config(cfg, bf16=bf16, on_gpu=device.type == "cuda"),
-            dist_init_required=False)
+            dist_init_required=False,
+        )
 
     @property
     def _layout(self) -> str:
         if self.stage == 0:
             return "backend=deepspeed zero_stage=0"
-        return (f"backend=deepspeed zero_stage={self.stage} precision={self.cfg.precision} "
-                f"num_workers={self.world_size}")
+        return (
+            f"backend=deepspeed zero_stage={self.stage} precision={self.cfg.precision} "
+            f"num_workers={self.world_size}"
+        )
 
     def _state_file(self, folder: str | Path) -> Path:
         name = "optimizer" if self.stage == 0 else f"optimizer-rank{self.rank:05d}"
@@ -278,8 +304,9 @@ class DeepSpeedBackend(Backend):
         if self.stage == 3:
             partitions: list[Tensor] = self.engine.optimizer.fp32_partitioned_groups_flat
             return partitions
-        return [p for group in self.engine.optimizer.optimizer.param_groups
-                for p in group["params"]]
+        return [
+            p for group in self.engine.optimizer.optimizer.param_groups for p in group["params"]
+        ]
 
     def _state(self) -> dict[str, Tensor] | None:
         if self.stage == 0:
@@ -303,11 +330,13 @@ class DeepSpeedBackend(Backend):
             master.copy_(tensors.pop(f"master.{index}"))
             zero.optimizer.state[master] = {
                 name.rpartition(".")[0]: value.to(master.device)
-                for name, value in tensors.items() if name.rpartition(".")[2] == str(index)}
+                for name, value in tensors.items()
+                if name.rpartition(".")[2] == str(index)
+            }
         if self.stage == 3:
             for index in range(len(self._masters())):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
-            zero.checkpoint_event_epilogue()               # gathers the parameters kept whole
+            zero.checkpoint_event_epilogue()  # gathers the parameters kept whole
         else:
             zero.update_lp_params()
 
@@ -329,7 +358,7 @@ class DeepSpeedBackend(Backend):
                 self.engine.step()
             self.engine.optimizer.zero_grad()
             return norm
-        self.engine.step()                                 # clips, and skips on overflow
+        self.engine.step()  # clips, and skips on overflow
         return float(self.engine.get_global_grad_norm())
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
@@ -341,8 +370,9 @@ class DeepSpeedBackend(Backend):
         return parameter if full is None else full
 
 
-def make_backend(module: nn.Module, cfg: TrainingConfig, *, total_steps: int,
-                 device: torch.device) -> Backend:
+def make_backend(
+    module: nn.Module, cfg: TrainingConfig, *, total_steps: int, device: torch.device
+) -> Backend:
     """Return `module` ready to train under cfg.backend, on `device`.
 
     torch.distributed is initialised before, except where one process trains alone.
@@ -361,15 +391,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return norm
 
 
-def _named_state(optimizer: torch.optim.Optimizer,
-                 parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _named_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Return an optimizer's state as {"exp_avg.<name>": tensor, ...}; empty before a step."""
-    return {f"{key}.{name}": value for name, parameter in parameters.items()
-            for key, value in optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def _set_named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter],
-                     tensors: Mapping[str, Tensor]) -> None:
+def _set_named_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
     """Put back what `_named_state` returned."""
     optimizer.state.clear()
     for label, value in tensors.items():
@@ -387,8 +424,11 @@ def _deepspeed_config(cfg: TrainingConfig, *, bf16: bool, on_gpu: bool) -> dict[
         "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": on_gpu,
-                              "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": cfg.zero_stage,
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+        },
         "steps_per_print": None,
     }
 

@@ -79,8 +79,10 @@ def is_complete(folder: str | Path) -> bool:
         sizes = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return False
-    return all((root / name).is_file() and (root / name).stat().st_size == size
-               for name, size in sizes.items())
+    return all(
+        (root / name).is_file() and (root / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
 
 
 def newest_checkpoint(stage_dir: str | Path) -> Path | None:
@@ -97,12 +99,15 @@ def step_of(checkpoint: str | Path) -> int:
     return int(match[1])
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor],
-                 meta: Mapping[str, Any] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None
+) -> None:
     """Write tensors, and `meta` as JSON in the header, to one safetensors file."""
     # Views of one storage and non-contiguous tensors are refused by safetensors.
-    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-             for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     save_file(plain, str(path), metadata={"meta": json.dumps(dict(meta or {}))})
 
 
@@ -114,9 +119,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             tensors = {name: file.get_tensor(name) for name in names}
             meta: dict[str, Any] = json.loads((file.metadata() or {}).get("meta", "{}"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: the checkpoint has no such file; it was written by another "
-                          "number of workers or another backend: use those, or start afresh in "
-                          "another run_dir") from None
+        raise RecipeError(
+            f"{path}: the checkpoint has no such file; it was written by another "
+            "number of workers or another backend: use those, or start afresh in "
+            "another run_dir"
+        ) from None
     return tensors, meta
 
 
@@ -128,8 +135,9 @@ def _steps(checkpoints: Path) -> list[Path]:
     """Return the `step-*` folders, newest first."""
     if not checkpoints.is_dir():
         return []
-    return sorted((path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)),
-                  reverse=True)
+    return sorted(
+        (path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)), reverse=True
+    )
 
 
 def _remove(folder: Path) -> None:

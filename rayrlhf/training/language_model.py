@@ -26,8 +26,9 @@ class LanguageModelStage(Stage):
     """A stage that trains a CausalLMModel on TextBatches; `count` is the tokens with loss."""
 
     def loss(self, backend: Backend, micro: TextBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs = backend(micro.input_ids, micro.attention_mask,
-                            positions=micro.loss_mask)                          # (b, S)
+        log_probs = backend(
+            micro.input_ids, micro.attention_mask, positions=micro.loss_mask
+        )  # (b, S)
         return negative_log_likelihood(log_probs, micro.loss_mask)
 
     def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
@@ -48,22 +49,28 @@ class LanguageModelStage(Stage):
         return sums["loss"], count
 
 
-def continuations(backend: Backend, tokenizer: Any, prompt_ids: list[int], *,
-                  max_tokens: int, seed: int) -> dict[str, str]:
+def continuations(
+    backend: Backend, tokenizer: Any, prompt_ids: list[int], *, max_tokens: int, seed: int
+) -> dict[str, str]:
     """Return a greedy and a sampled continuation of one prompt.
 
     Every rank computes the same ones: under ZeRO-3 a forward is collective.
     """
     module = backend.module
     assert isinstance(module, CausalLMModel)
-    ids = torch.tensor([prompt_ids], device=backend.device)                     # (1, S)
+    ids = torch.tensor([prompt_ids], device=backend.device)  # (1, S)
     texts = {}
     with evaluating(backend), torch.random.fork_rng():
         for kind in ("greedy", "sampled"):
             torch.manual_seed(seed)
             out = module.hf.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens,
-                do_sample=kind == "sampled", top_k=0 if kind == "sampled" else None,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-            texts[kind] = tokenizer.decode(out[0, len(prompt_ids):], skip_special_tokens=True)
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=kind == "sampled",
+                top_k=0 if kind == "sampled" else None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            texts[kind] = tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True)
     return texts

@@ -34,7 +34,7 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
     final = recipe.path / kind.name / "final"
     if checkpoint.is_complete(final):
         return final
-    kind(recipe)                                            # reads and checks all inputs
+    kind(recipe)  # reads and checks all inputs
     session.connect(recipe)
     resources = recipe.resources
     session.require(resources.bundles(kind.name), wait_s=resources.wait_s, stage=kind.name)
@@ -47,11 +47,16 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker,
-                                  "GPU": resources.gpus_per_worker}),
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                "GPU": resources.gpus_per_worker,
+            },
+        ),
         run_config=RunConfig(
-            name="ray_train", storage_path=str(final.parent.resolve()),
-            failure_config=FailureConfig(max_failures=resources.max_restarts)),
+            name="ray_train",
+            storage_path=str(final.parent.resolve()),
+            failure_config=FailureConfig(max_failures=resources.max_restarts),
+        ),
     )
     try:
         trainer.fit()
@@ -71,9 +76,13 @@ def run(stage: Stage, device: torch.device) -> None:
     backend = make_backend(module, cfg, total_steps=total, device=device)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
-    log = MetricsLogger(stage.folder, start_step=start, num_steps=total,
-                        trackers=stage.recipe.tracking) \
-        if backend.rank == 0 else None
+    log = (
+        MetricsLogger(
+            stage.folder, start_step=start, num_steps=total, trackers=stage.recipe.tracking
+        )
+        if backend.rank == 0
+        else None
+    )
 
     for step in range(start + 1, total + 1):
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
@@ -96,12 +105,17 @@ def run(stage: Stage, device: torch.device) -> None:
 def train_step(stage: Stage, backend: Backend, step: int) -> dict[str, float]:
     """Do optimizer step `step` (from 1) on its batch, and return its metrics."""
     started = time.perf_counter()
-    indices = batch_indices(seed=stage.recipe.seed, step=step - 1,
-                            batch_size=stage.cfg.batch_size, num_records=stage.num_records)
+    indices = batch_indices(
+        seed=stage.recipe.seed,
+        step=step - 1,
+        batch_size=stage.cfg.batch_size,
+        num_records=stage.num_records,
+    )
     mine = shard(indices, backend.rank, backend.world_size, stage.costs(indices))
     micros = stage.microbatches(mine)
-    count, num_tokens = backend.global_sums([sum(micro.count for micro in micros),
-                                             sum(micro.num_tokens for micro in micros)])
+    count, num_tokens = backend.global_sums(
+        [sum(micro.count for micro in micros), sum(micro.num_tokens for micro in micros)]
+    )
     micros = padded(stage, backend, micros)
     totals: dict[str, torch.Tensor] = {}
     for index, micro in enumerate(micros):

@@ -40,8 +40,11 @@ class PretrainStage(LanguageModelStage):
         super().__init__(recipe)
         self.rows = PackedRows(recipe.path / "corpus", "train")
         assert recipe.corpus is not None
-        self.held_out = {name: PackedRows(recipe.path / "corpus", f"validation-{name}")
-                         for name, source in recipe.corpus.sources.items() if source.validation}
+        self.held_out = {
+            name: PackedRows(recipe.path / "corpus", f"validation-{name}")
+            for name, source in recipe.corpus.sources.items()
+            if source.validation
+        }
         self.start = self.cfg.init or recipe.model.path
         if self.start is not None:
             self.start = builtin.resolve(self.start)
@@ -61,8 +64,12 @@ class PretrainStage(LanguageModelStage):
         if start is not None:
             return CausalLMModel.from_pretrained(start, dropout=self.cfg.dropout)
         model = build_causal_lm(
-            self.recipe.model, vocab_size=len(self.tokenizer), seed=self.recipe.seed,
-            eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)
+            self.recipe.model,
+            vocab_size=len(self.tokenizer),
+            seed=self.recipe.seed,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
         add_residual_dropout(model, self.cfg.dropout)
         return CausalLMModel(model)
 
@@ -74,8 +81,9 @@ class PretrainStage(LanguageModelStage):
 
     def _cut(self, rows: PackedRows, indices: Sequence[int]) -> list[TextBatch]:
         size = max(1, self.cfg.tokens_per_microbatch // rows.row_length)
-        return [_batch(rows[indices[start : start + size]])
-                for start in range(0, len(indices), size)]
+        return [
+            _batch(rows[indices[start : start + size]]) for start in range(0, len(indices), size)
+        ]
 
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return eval/loss over all held-out rows, and eval/loss.<source>."""
@@ -99,10 +107,15 @@ class PretrainStage(LanguageModelStage):
         records = []
         for prompt in self.cfg.sample_prompts:
             texts = continuations(
-                backend, self.tokenizer, encode_text(self.tokenizer, prompt),
-                max_tokens=SAMPLE_TOKENS, seed=self.recipe.seed)
-            records += [{"prompt": prompt, "text": text, "kind": kind}
-                        for kind, text in texts.items()]
+                backend,
+                self.tokenizer,
+                encode_text(self.tokenizer, prompt),
+                max_tokens=SAMPLE_TOKENS,
+                seed=self.recipe.seed + step,
+            )
+            records += [
+                {"prompt": prompt, "text": text, "kind": kind} for kind, text in texts.items()
+            ]
         return records
 
 

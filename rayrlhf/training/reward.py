@@ -66,16 +66,23 @@ class RewardStage(Stage):
         self.train = self._read(self.cfg.train)
         self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
         path = self.cfg.demonstrations or (recipe.sft.train if recipe.sft else None)
-        self.demonstrations: list[Example] = [] if path is None else encode_demonstrations(
-            read_records(path, "demonstration"), self.tokenizer, recipe.model.max_length)
+        self.demonstrations: list[Example] = (
+            []
+            if path is None
+            else encode_demonstrations(
+                read_records(path, "demonstration"), self.tokenizer, recipe.model.max_length
+            )
+        )
 
     def _read(self, path: str) -> list[Comparison]:
-        found = encode_comparisons(read_records(path, "comparison"), self.tokenizer,
-                                   self.recipe.model.max_length)
+        found = encode_comparisons(
+            read_records(path, "comparison"), self.tokenizer, self.recipe.model.max_length
+        )
         ranked = [comparison for comparison in found if len(set(comparison.ranks)) > 1]
         if not ranked:
-            raise RecipeError(f"{path}: no comparison ranks one response above another: "
-                              "give `ranks` that differ")
+            raise RecipeError(
+                f"{path}: no comparison ranks one response above another: give `ranks` that differ"
+            )
         return ranked
 
     @property
@@ -90,8 +97,9 @@ class RewardStage(Stage):
     def build(self, checkpoint: Path | None) -> ScalarHeadModel:
         if checkpoint is not None:
             return ScalarHeadModel.from_pretrained(checkpoint, dropout=self.cfg.dropout)
-        return ScalarHeadModel.from_causal_lm(self.start, self.recipe.seed,
-                                              dropout=self.cfg.dropout)
+        return ScalarHeadModel.from_causal_lm(
+            self.start, self.recipe.seed, dropout=self.cfg.dropout
+        )
 
     def costs(self, indices: Sequence[int]) -> list[float]:
         return [_cost(self.train[index]) for index in indices]
@@ -100,42 +108,57 @@ class RewardStage(Stage):
         return self._cut([self.train[index] for index in indices])
 
     def _cut(self, comparisons: Sequence[Comparison]) -> list[ComparisonBatch]:
-        groups = comparison_groups([(len(c.ids), max(map(len, c.ids))) for c in comparisons],
-                                   self.cfg.tokens_per_microbatch)
+        groups = comparison_groups(
+            [(len(c.ids), max(map(len, c.ids))) for c in comparisons],
+            self.cfg.tokens_per_microbatch,
+        )
         return [self._batch([comparisons[index] for index in group]) for group in groups]
 
     def _batch(self, comparisons: Sequence[Comparison]) -> ComparisonBatch:
         rows = [ids for comparison in comparisons for ids in comparison.ids]
-        input_ids, attention_mask = pad(rows, self.tokenizer.pad_token_id)       # (N, S)
+        input_ids, attention_mask = pad(rows, self.tokenizer.pad_token_id)  # (N, S)
         lengths = torch.tensor([len(row) for row in rows])
         ranks = torch.tensor([rank for comparison in comparisons for rank in comparison.ranks])
-        groups = torch.tensor([group for group, comparison in enumerate(comparisons)
-                               for _ in comparison.ids])
-        return ComparisonBatch(input_ids, attention_mask, float(len(comparisons)),
-                               int(lengths.sum()), lengths, ranks, groups)
+        groups = torch.tensor(
+            [group for group, comparison in enumerate(comparisons) for _ in comparison.ids]
+        )
+        return ComparisonBatch(
+            input_ids,
+            attention_mask,
+            float(len(comparisons)),
+            int(lengths.sum()),
+            lengths,
+            ranks,
+            groups,
+        )
 
     def empty(self) -> ComparisonBatch:
         one = torch.ones(1, dtype=torch.int64)
         return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one, one, one)
 
-    def loss(self, backend: Backend,
-             micro: ComparisonBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = backend(micro.input_ids, micro.attention_mask)                 # (N, S)
-        scores = last_scores(outputs, micro.lengths)                            # (N,)
+    def loss(self, backend: Backend, micro: ComparisonBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = backend(micro.input_ids, micro.attention_mask)  # (N, S)
+        scores = last_scores(outputs, micro.lengths)  # (N,)
         return ranking_loss(scores, micro.ranks, micro.groups)
 
     def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
         pairs = max(sums["reward/num_pairs"], 1.0)
-        return {"loss": sums["reward/loss"] / max(count, 1.0),
-                "pair_accuracy": sums["reward/num_correct"] / pairs,
-                "num_pairs": sums["reward/num_pairs"]}
+        return {
+            "loss": sums["reward/loss"] / max(count, 1.0),
+            "pair_accuracy": sums["reward/num_correct"] / pairs,
+            "num_pairs": sums["reward/num_pairs"],
+        }
 
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return eval/loss and eval/pair_accuracy (all pairs alike) on the validation set."""
         if not self.validation:
             return {}
-        mine = shard(range(len(self.validation)), backend.rank, backend.world_size,
-                     [_cost(comparison) for comparison in self.validation])
+        mine = shard(
+            range(len(self.validation)),
+            backend.rank,
+            backend.world_size,
+            [_cost(comparison) for comparison in self.validation],
+        )
         micros = self._cut([self.validation[index] for index in mine])
         with evaluating(backend):
             sums, count = global_totals(self, backend, micros)
@@ -157,8 +180,9 @@ class RewardStage(Stage):
         total = 0.0
         with evaluating(backend):
             for group in groups:
-                input_ids, attention_mask = pad([examples[mine[index]].ids for index in group],
-                                                self.tokenizer.pad_token_id)
+                input_ids, attention_mask = pad(
+                    [examples[mine[index]].ids for index in group], self.tokenizer.pad_token_id
+                )
                 outputs = backend(input_ids.to(backend.device), attention_mask.to(backend.device))
                 ends = attention_mask.sum(dim=1).to(backend.device)
                 total += float(last_scores(outputs, ends).sum())
@@ -172,8 +196,9 @@ class RewardStage(Stage):
         module.save_pretrained(folder, weights)
 
 
-def comparison_groups(sizes: Sequence[tuple[int, int]],
-                      tokens_per_microbatch: int) -> list[list[int]]:
+def comparison_groups(
+    sizes: Sequence[tuple[int, int]], tokens_per_microbatch: int
+) -> list[list[int]]:
     """Group comparisons, given as (responses K, longest response), whole, by padded tokens.
 
     Longest first; every position occurs exactly once; one over the budget stands alone.

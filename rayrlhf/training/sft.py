@@ -43,8 +43,9 @@ class SFTStage(LanguageModelStage):
         self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
 
     def _read(self, path: str) -> list[Example]:
-        return encode_demonstrations(read_records(path, "demonstration"), self.tokenizer,
-                                     self.recipe.model.max_length)
+        return encode_demonstrations(
+            read_records(path, "demonstration"), self.tokenizer, self.recipe.model.max_length
+        )
 
     @property
     def cfg(self) -> SFTConfig:
@@ -65,26 +66,33 @@ class SFTStage(LanguageModelStage):
         return self._cut([self.train[index] for index in indices])
 
     def _cut(self, examples: Sequence[Example]) -> list[TextBatch]:
-        groups = microbatches([len(example.ids) for example in examples],
-                              self.cfg.tokens_per_microbatch)
+        groups = microbatches(
+            [len(example.ids) for example in examples], self.cfg.tokens_per_microbatch
+        )
         return [self._batch([examples[index] for index in group]) for group in groups]
 
     def _batch(self, examples: Sequence[Example]) -> TextBatch:
-        input_ids, attention_mask = pad([example.ids for example in examples],
-                                        self.tokenizer.pad_token_id)            # (b, S)
+        input_ids, attention_mask = pad(
+            [example.ids for example in examples], self.tokenizer.pad_token_id
+        )  # (b, S)
         loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, example in enumerate(examples):
             loss_mask[row, : len(example.mask)] = torch.tensor(example.mask, dtype=torch.bool)
-        loss_mask[:, 0] = False                            # nothing stands before it
-        return TextBatch(input_ids, attention_mask, float(loss_mask.sum()),
-                         int(attention_mask.sum()), loss_mask)
+        loss_mask[:, 0] = False  # nothing stands before it
+        return TextBatch(
+            input_ids, attention_mask, float(loss_mask.sum()), int(attention_mask.sum()), loss_mask
+        )
 
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return eval/loss: nats per response token of the validation set."""
         if not self.validation:
             return {}
-        mine = shard(range(len(self.validation)), backend.rank, backend.world_size,
-                     [len(example.ids) for example in self.validation])
+        mine = shard(
+            range(len(self.validation)),
+            backend.rank,
+            backend.world_size,
+            [len(example.ids) for example in self.validation],
+        )
         micros = self._cut([self.validation[index] for index in mine])
         loss, tokens = self.mean_loss(backend, micros)
         return {"eval/loss": loss / tokens}

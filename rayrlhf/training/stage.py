@@ -32,8 +32,11 @@ class MicroBatch:
         """Return a copy on `device`."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {field.name: value.to(device) for field in fields(self)
-                                 if isinstance(value := self.__dict__[field.name], Tensor)}
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := self.__dict__[field.name], Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -118,8 +121,9 @@ def evaluating(backend: Backend) -> Iterator[None]:
         backend.module.train()
 
 
-def global_totals(stage: Stage, backend: Backend,
-                  micros: Sequence[MicroBatch]) -> tuple[dict[str, float], float]:
+def global_totals(
+    stage: Stage, backend: Backend, micros: Sequence[MicroBatch]
+) -> tuple[dict[str, float], float]:
     """Return the sums of `stage.loss` and the count over the micro-batches of all ranks.
 
     Every rank calls it, whatever the number of its micro-batches. Meant for `evaluating`.
@@ -128,8 +132,9 @@ def global_totals(stage: Stage, backend: Backend,
     for micro in padded(stage, backend, micros):
         _, sums = stage.loss(backend, micro.to(backend.device))
         add(totals, sums)
-    *values, count = backend.global_sums([*(float(total) for total in totals.values()),
-                                          sum(micro.count for micro in micros)])
+    *values, count = backend.global_sums(
+        [*(float(total) for total in totals.values()), sum(micro.count for micro in micros)]
+    )
     return dict(zip(totals, values, strict=True)), count
 
 

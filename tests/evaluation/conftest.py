@@ -30,30 +30,55 @@ def drawn() -> list[Figure]:
 
 def _results() -> dict[str, Any]:
     half = {"vader": 0.5, "reward": 0.5}
-    answer = {"text": " <b>fine</b> & \"good\"", "ended": False,
-              "scores": {"vader": 0.25, "reward": -1.5}}
-    row = {"pair_accuracy": 0.73, "pearson": 0.6, "num_pairs": 4950, "num_texts": 100,
-           "human_pair_accuracy": 0.83, "vader_pair_accuracy": 0.65, "vader_pearson": None}
+    answer = {
+        "text": ' <b>fine</b> & "good"',
+        "ended": False,
+        "scores": {"vader": 0.25, "reward": -1.5},
+    }
+    row = {
+        "pair_accuracy": 0.73,
+        "pearson": 0.6,
+        "num_pairs": 4950,
+        "num_texts": 100,
+        "human_pair_accuracy": 0.83,
+        "vader_pair_accuracy": 0.65,
+        "vader_pearson": None,
+    }
     return {
-        "name": "toy", "seed": 0, "created": "2026-01-01 00:00 UTC", "commit": None,
-        "machine": "2 CPU cores", "versions": {"torch": "2.13.0"}, "reference": "sft",
-        "models": {m: f"runs/toy/{m}/final" for m in MODELS}, "num_prompts": 20,
-        "max_response_tokens": 8, "temperature": 1.0, "judges": ["vader", "reward"],
-        "win_rate_vs_sft": {"base": {"vader": 0.4, "reward": 0.3}, "sft": half,
-                            "ppo": {"vader": 0.7, "reward": 0.9}},
-        "intervals": {"win_rate_vs_sft": {
-            m: {"vader": [0.35, 0.55], "reward": [0.2, 0.95]} for m in MODELS}},
-        "mean_score": dict.fromkeys(MODELS, half), "ratings_judge": "vader",
+        "name": "toy",
+        "seed": 0,
+        "created": "2026-01-01 00:00 UTC",
+        "commit": None,
+        "machine": "2 CPU cores",
+        "versions": {"torch": "2.13.0"},
+        "reference": "sft",
+        "models": {m: f"runs/toy/{m}/final" for m in MODELS},
+        "num_prompts": 20,
+        "max_response_tokens": 8,
+        "temperature": 1.0,
+        "judges": ["vader", "reward"],
+        "win_rate_vs_sft": {
+            "base": {"vader": 0.4, "reward": 0.3},
+            "sft": half,
+            "ppo": {"vader": 0.7, "reward": 0.9},
+        },
+        "intervals": {
+            "win_rate_vs_sft": {m: {"vader": [0.35, 0.55], "reward": [0.2, 0.95]} for m in MODELS}
+        },
+        "mean_score": dict.fromkeys(MODELS, half),
+        "ratings_judge": "vader",
         "ratings": {m: {"elo": 1000.0, "low": 990.0, "high": 1010.0} for m in MODELS},
         "distinct_2": {"base": 0.9, "sft": 0.8, "ppo": 0.6},
-        "response_length": dict.fromkeys(MODELS, 7.5), "ended_fraction": dict.fromkeys(MODELS, 0.5),
+        "response_length": dict.fromkeys(MODELS, 7.5),
+        "ended_fraction": dict.fromkeys(MODELS, 0.5),
         "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "ppo": 2.5},
         "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "ppo": 12.0},
         "held_out_loss": {m: {"movies": 4.0, "tweets": 4.5} for m in MODELS},
         "reward_model": {"movies": row, "tweets": {**row, "human_pair_accuracy": None}},
         "reward_model_calibration": [
             {"predicted": 0.55, "observed": 0.54, "num_pairs": 900},
-            {"predicted": 0.75, "observed": 0.7, "num_pairs": 100}],
+            {"predicted": 0.75, "observed": 0.7, "num_pairs": 100},
+        ],
         "samples": [{"prompt": "Say <i>it</i>", "answers": dict.fromkeys(MODELS, answer)}],
         "seconds": {"pretrain": 100.0, "sft": 20.0, "evaluate": 30.0},
     }
@@ -67,7 +92,15 @@ def _curves() -> dict[str, list[dict[str, Any]]]:
     reward = [{**row, "pair_accuracy": 0.6} for row in training]
     reward[-1] |= {"eval/loss": 0.6, "eval/pair_accuracy": 0.7}
     ppo: list[dict[str, Any]] = [
-        {"step": s, "time": 0.0, "reward/score_mean": s / 10, "kl/ref_per_response": s / 2,
-         "policy/entropy": 3.0, "rollout/response_length": 8.0} for s in range(1, 21)]
+        {
+            "step": s,
+            "time": 0.0,
+            "reward/score_mean": s / 10,
+            "kl/ref_per_response": s / 2,
+            "policy/entropy": 3.0,
+            "rollout/response_length": 8.0,
+        }
+        for s in range(1, 21)
+    ]
     ppo[3]["policy/entropy"] = None
     return {"pretrain": training, "sft": training, "reward": reward, "ppo": ppo}

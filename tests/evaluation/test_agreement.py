@@ -32,8 +32,11 @@ def test_fast_count_equals_plain_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for i, j in itertools.combinations(range(40), 2):
         if ratings[i] != ratings[j]:
             total += 1
-            right += 0.5 if scores[i] == scores[j] else (
-                (scores[i] > scores[j]) == (ratings[i] > ratings[j]))
+            right += (
+                0.5
+                if scores[i] == scores[j]
+                else ((scores[i] > scores[j]) == (ratings[i] > ratings[j]))
+            )
     found = pair_accuracy(scores, ratings)
     assert found is not None
     assert (found.num_pairs, found.accuracy) == (total, pytest.approx(right / total))
@@ -45,8 +48,10 @@ def test_equal_ratings_leave_no_pair() -> None:
 
 
 def test_pairs_within_groups_ignore_the_rest() -> None:
-    found = pair_accuracy_within([np.array([2.0, 1.0]), np.array([9.0, 8.0, 7.0])],
-                                 [np.array([-1.0, -2.0]), np.array([-3.0, -2.0, -1.0])])
+    found = pair_accuracy_within(
+        [np.array([2.0, 1.0]), np.array([9.0, 8.0, 7.0])],
+        [np.array([-1.0, -2.0]), np.array([-3.0, -2.0, -1.0])],
+    )
     assert found is not None
     assert (found.num_pairs, found.accuracy) == (4, 0.25)
 
@@ -66,8 +71,9 @@ def test_human_ceiling_of_raters_who_agree_is_1_and_by_hand() -> None:
 
 
 def test_calibration_of_a_model_that_is_always_sure_and_half_right() -> None:
-    bins = calibration([np.array([50.0, 0.0]), np.array([50.0, 0.0])],
-                       [np.array([1.0, 0.0]), np.array([0.0, 1.0])])
+    bins = calibration(
+        [np.array([50.0, 0.0]), np.array([50.0, 0.0])], [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
+    )
     assert bins == [{"predicted": pytest.approx(1.0), "observed": 0.5, "num_pairs": 2}]
 
 
@@ -75,7 +81,9 @@ def test_calibration_of_scores_that_are_log_odds_is_on_the_diagonal() -> None:
     rng = np.random.default_rng(0)
     gaps = rng.normal(scale=2, size=20_000)
     won = rng.random(20_000) < 1 / (1 + np.exp(-gaps))
-    bins = calibration([np.array([gap, 0.0]) for gap in gaps],
-                       [np.array([1.0, 0.0]) if w else np.array([0.0, 1.0]) for w in won])
+    bins = calibration(
+        [np.array([gap, 0.0]) for gap in gaps],
+        [np.array([1.0, 0.0]) if w else np.array([0.0, 1.0]) for w in won],
+    )
     assert sum(b["num_pairs"] for b in bins) == 20_000
     assert all(b["observed"] == pytest.approx(b["predicted"], abs=0.05) for b in bins)

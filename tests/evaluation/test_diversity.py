@@ -17,7 +17,7 @@ from rayrlhf.models.causal_lm import CausalLMModel
 def test_distinct_2_by_hand() -> None:
     # "the cat", "cat sat", "the cat", "cat ran": three of four are distinct.
     assert distinct_n(["The cat sat.", "the CAT ran"], 2) == 0.75
-    assert distinct_n(["a b", "b a"], 2) == 1.0         # no bigram across two texts
+    assert distinct_n(["a b", "b a"], 2) == 1.0  # no bigram across two texts
     assert distinct_n(["so so so so"], 2) == pytest.approx(1 / 3)
     assert distinct_n(["don't stop"], 2) == 1.0
     assert distinct_n(["", "one"], 2) == 0.0
@@ -30,8 +30,8 @@ def test_statistics_equal_the_plain_formula(tiny_model: Path) -> None:
     found = token_statistics(model, prompts, responses, temperature=0.7, tokens_per_batch=12)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         with torch.no_grad():
-            logits = model.hf(torch.tensor([prompt + response])).logits[0] / 0.7    # (S, V)
-        rows = logits.log_softmax(dim=-1)[len(prompt) - 1:-1]                       # (T, V)
+            logits = model.hf(torch.tensor([prompt + response])).logits[0] / 0.7  # (S, V)
+        rows = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]  # (T, V)
         chosen = rows[torch.arange(len(response)), torch.tensor(response)]
         assert found.log_probs[i] == pytest.approx(chosen.sum().item(), abs=1e-4)
         entropy = -(rows.exp() * rows).sum().item()

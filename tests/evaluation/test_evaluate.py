@@ -33,14 +33,21 @@ class FakeEngine:
         self.model.hf.load_state_dict(dict(weights), strict=False)
         self.versions.append(version)
 
-    def generate(self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float,
-                 seeds: Sequence[int]) -> list[Completion]:
-        return [self._answer(ids, max_tokens, temperature, seed)
-                for ids, seed in zip(prompts, seeds, strict=True)]
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        return [
+            self._answer(ids, max_tokens, temperature, seed)
+            for ids, seed in zip(prompts, seeds, strict=True)
+        ]
 
     @torch.no_grad()
-    def _answer(self, ids: list[int], max_tokens: int, temperature: float,
-                seed: int) -> Completion:
+    def _answer(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Completion:
         generator = torch.Generator().manual_seed(seed)
         tokens: list[int] = []
         log_probs: list[float] = []
@@ -60,7 +67,8 @@ def run_dir(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Path) -> Path:
     """Return a run directory with base, SFT (the same weights), PPO and reward model."""
     shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "rayrlhf_origin.json").write_text(
-        json.dumps({"origin": str(tiny_model)}))
+        json.dumps({"origin": str(tiny_model)})
+    )
     shutil.copytree(tiny_model, tmp_path / "sft" / "final")
     model = CausalLMModel.from_pretrained(tiny_model)
     with torch.no_grad():
@@ -69,27 +77,51 @@ def run_dir(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Path) -> Path:
     model.save_pretrained(tmp_path / "ppo" / "final")
     shutil.copytree(tiny_tokenizer, tmp_path / "reward" / "final")
     ScalarHeadModel.from_causal_lm(tiny_model, 1).save_pretrained(tmp_path / "reward" / "final")
-    (tmp_path / "prompts.jsonl").write_text("".join(
-        json.dumps({"prompt": f"The movie is a{word}"}) + "\n" for word in WORDS))
-    (tmp_path / "comparisons.jsonl").write_text("".join(json.dumps(
-        {"prompt": "Review:", "responses": [f"{word} {i}" for i in range(3)], "ranks": [1, 2, 3],
-         "ratings": [2.0 + n, 1.0, -1.0 - n], "source": ("movies", "tweets")[n % 2]}) + "\n"
-        for n, word in enumerate(WORDS)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"The movie is a{word}"}) + "\n" for word in WORDS)
+    )
+    (tmp_path / "comparisons.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": "Review:",
+                    "responses": [f"{word} {i}" for i in range(3)],
+                    "ranks": [1, 2, 3],
+                    "ratings": [2.0 + n, 1.0, -1.0 - n],
+                    "source": ("movies", "tweets")[n % 2],
+                }
+            )
+            + "\n"
+            for n, word in enumerate(WORDS)
+        )
+    )
     return tmp_path
 
 
-def recipe_of(run_dir: Path, tiny_model: Path, *, stages: Sequence[str] = ("sft", "reward", "ppo"),
-              **ppo: Any) -> Recipe:
+def recipe_of(
+    run_dir: Path, tiny_model: Path, *, stages: Sequence[str] = ("sft", "reward", "ppo"), **ppo: Any
+) -> Recipe:
     sections: dict[str, dict[str, Any]] = {
-        "sft": {"train": "x"}, "reward": {"train": "x"}, "ppo": {"prompts": "x", **ppo}}
-    return parse({
-        "name": "toy", "run_dir": str(run_dir), "model": {"path": str(tiny_model),
-                                                          "max_length": 48},
-        "resources": {"rollout": {"num_threads": 1}},
-        **{stage: sections[stage] for stage in stages},
-        "evaluate": {"prompts": str(run_dir / "prompts.jsonl"), "num_prompts": 3,
-                     "comparisons": str(run_dir / "comparisons.jsonl"), "num_samples": 2,
-                     "max_response_tokens": 8}})
+        "sft": {"train": "x"},
+        "reward": {"train": "x"},
+        "ppo": {"prompts": "x", **ppo},
+    }
+    return parse(
+        {
+            "name": "toy",
+            "run_dir": str(run_dir),
+            "model": {"path": str(tiny_model), "max_length": 48},
+            "resources": {"rollout": {"num_threads": 1}},
+            **{stage: sections[stage] for stage in stages},
+            "evaluate": {
+                "prompts": str(run_dir / "prompts.jsonl"),
+                "num_prompts": 3,
+                "comparisons": str(run_dir / "comparisons.jsonl"),
+                "num_samples": 2,
+                "max_response_tokens": 8,
+            },
+        }
+    )
 
 
 @pytest.fixture
@@ -103,9 +135,15 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 def check_results(run_dir: Path, tiny_model: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / "evaluation" / "results.json").read_text())
     assert set(found["reward_model"]) == {"movies", "tweets"}
-    assert found["reward_model"]["movies"]["num_pairs"] == 14      # of 15, one has equal ratings
-    for key in ("win_rate_vs_sft", "entropy_nats_per_token", "distinct_2", "held_out_loss",
-                "kl_ref_per_response", "ratings"):
+    assert found["reward_model"]["movies"]["num_pairs"] == 14  # of 15, one has equal ratings
+    for key in (
+        "win_rate_vs_sft",
+        "entropy_nats_per_token",
+        "distinct_2",
+        "held_out_loss",
+        "kl_ref_per_response",
+        "ratings",
+    ):
         assert set(found[key]) == {"base", "sft", "ppo"}
     assert set(found["win_rate_vs_sft"]["ppo"]) == {"vader", "reward"}
     # base and sft are the same weights, and have the same random numbers
@@ -123,8 +161,11 @@ def check_results(run_dir: Path, tiny_model: Path) -> dict[str, Any]:
 
 
 def test_everything_is_written_with_one_engine(
-        run_dir: Path, tiny_model: Path, fake_engine: type[FakeEngine],
-        capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir: Path,
+    tiny_model: Path,
+    fake_engine: type[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert evaluate(recipe_of(run_dir, tiny_model)) == run_dir / "evaluation"
     first = check_results(run_dir, tiny_model)
     assert (fake_engine.built, fake_engine.versions) == (1, [1, 2])
@@ -134,11 +175,12 @@ def test_everything_is_written_with_one_engine(
     second = check_results(run_dir, tiny_model)
     for changing in ("created", "seconds"):
         first.pop(changing), second.pop(changing)
-    assert first == second                                          # the seed decides everything
+    assert first == second  # the seed decides everything
 
 
-def test_without_ppo_and_reward(run_dir: Path, tiny_model: Path,
-                                fake_engine: type[FakeEngine]) -> None:
+def test_without_ppo_and_reward(
+    run_dir: Path, tiny_model: Path, fake_engine: type[FakeEngine]
+) -> None:
     evaluate(recipe_of(run_dir, tiny_model, stages=("sft",)))
     found = json.loads((run_dir / "evaluation" / "results.json").read_text())
     assert set(found["models"]) == {"base", "sft"}

@@ -21,15 +21,24 @@ def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerFast:
 
 def comparison(source: str, texts: list[str], means: list[float], **extra: Any) -> dict[str, Any]:
     order = sorted(set(means), reverse=True)
-    return {"prompt": "Review:", "responses": texts, "source": source,
-            "ranks": [order.index(m) + 1 for m in means], "ratings": means, **extra}
+    return {
+        "prompt": "Review:",
+        "responses": texts,
+        "source": source,
+        "ranks": [order.index(m) + 1 for m in means],
+        "ratings": means,
+        **extra,
+    }
 
 
 def test_rated_texts_compare_across_records_and_once_each(
-        tokenizer: PreTrainedTokenizerFast) -> None:
-    records = [comparison("movies", [" good", " bad"], [2.0, -2.0]),
-               comparison("movies", [" fine", " bad"], [1.0, -2.0]),
-               comparison("tweets", [" ok", " no"], [1.0, 0.0])]
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    records = [
+        comparison("movies", [" good", " bad"], [2.0, -2.0]),
+        comparison("movies", [" fine", " bad"], [1.0, -2.0]),
+        comparison("tweets", [" ok", " no"], [1.0, 0.0]),
+    ]
     found = rated_texts(records, tokenizer, 64)
     assert found["movies"].texts == ["Review: good", "Review: bad", "Review: fine"]
     assert found["movies"].groups == [[0, 1, 2]]
@@ -37,8 +46,7 @@ def test_rated_texts_compare_across_records_and_once_each(
     row = agreement(found["movies"], np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.0, 0.0]), {})
     assert row is not None
     assert (row["pair_accuracy"], row["num_pairs"], row["num_texts"]) == (1.0, 3, 3)
-    assert row["pearson"] == pytest.approx(
-        np.corrcoef([3.0, 1.0, 2.0], [2.0, -2.0, 1.0])[0, 1])
+    assert row["pearson"] == pytest.approx(np.corrcoef([3.0, 1.0, 2.0], [2.0, -2.0, 1.0])[0, 1])
     assert (row["vader_pair_accuracy"], row["vader_pearson"]) == (0.5, None)
     assert row["human_pair_accuracy"] is None
 
@@ -46,25 +54,26 @@ def test_rated_texts_compare_across_records_and_once_each(
 def test_ranks_compare_within_their_record_only(tokenizer: PreTrainedTokenizerFast) -> None:
     records: list[dict[str, Any]] = [
         {"prompt": "Q:", "responses": [" a", " b", " c"], "ranks": [1, 2, 2]},
-        {"prompt": "Q:", "responses": [" d", " e"], "ranks": [2, 1]}]
+        {"prompt": "Q:", "responses": [" d", " e"], "ranks": [2, 1]},
+    ]
     found = rated_texts(records, tokenizer, 64)["all"]
     assert found.groups == [[0, 1, 2], [3, 4]]
     row = agreement(found, np.array([9.0, 1.0, 2.0, 5.0, 3.0]), np.zeros(5), {})
     assert row is not None
-    assert row["num_pairs"] == 3                        # a>b, a>c, e>d; b = c is left out
+    assert row["num_pairs"] == 3  # a>b, a>c, e>d; b = c is left out
     assert row["pair_accuracy"] == pytest.approx(2 / 3)
     assert row["pearson"] is None
 
 
 def test_human_raters_are_found_by_their_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = rated_texts([comparison("tweets", [" good", " bad"], [2.0, -2.0])], tokenizer,
-                        64)["tweets"]
+    texts = rated_texts([comparison("tweets", [" good", " bad"], [2.0, -2.0])], tokenizer, 64)[
+        "tweets"
+    ]
     row = agreement(texts, np.array([1.0, 0.0]), np.zeros(2), {"good": [3, 1], "bad": [-1, -3]})
     assert row is not None and row["human_pair_accuracy"] == 1.0
 
 
-def test_single_ratings_come_with_the_built_in_set_only(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_ratings_come_with_the_built_in_set_only(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def read(path: str, kind: str) -> list[dict[str, Any]]:
@@ -85,8 +94,10 @@ def test_loss_is_the_mean_over_tokens_of_all_rows(tiny_model: Path) -> None:
     for row in rows:
         with torch.no_grad():
             logits = model.hf(torch.tensor([row])).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]),
-                                                   reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(row[1:]), reduction="sum"
+        ).item()
     for budget in (2, 100):
         assert held_out_loss(model, rows, tokens_per_batch=budget) == pytest.approx(
-            total / 7, abs=1e-5)
+            total / 7, abs=1e-5
+        )

@@ -13,16 +13,31 @@ HEADERS = ("Movie review:", "Product review:", "Editorial:", "Tweet:")
 EOS = 0
 
 
-def answer(prompt: str = "", response: str = "", *, prompt_ids: tuple[int, ...] = (),
-           response_ids: tuple[int, ...] = ()) -> Answer:
-    return Answer(prompt, response, list(prompt_ids), list(response_ids),
-                  [0.0] * len(response_ids), ended=True)
+def answer(
+    prompt: str = "",
+    response: str = "",
+    *,
+    prompt_ids: tuple[int, ...] = (),
+    response_ids: tuple[int, ...] = (),
+) -> Answer:
+    return Answer(
+        prompt,
+        response,
+        list(prompt_ids),
+        list(response_ids),
+        [0.0] * len(response_ids),
+        ended=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def reward(tiny_model: Path) -> RewardJudge:
-    return RewardJudge(ScalarHeadModel.from_causal_lm(tiny_model, 3), eos_id=EOS,
-                       tokens_per_batch=40, device=torch.device("cpu"))
+    return RewardJudge(
+        ScalarHeadModel.from_causal_lm(tiny_model, 3),
+        eos_id=EOS,
+        tokens_per_batch=40,
+        device=torch.device("cpu"),
+    )
 
 
 @pytest.mark.parametrize("header", HEADERS)
@@ -34,8 +49,13 @@ def test_vader_takes_the_headers_for_neutral(header: str) -> None:
 
 
 def test_vader_prefers_praise_to_blame() -> None:
-    scores = VaderJudge().score([answer("A movie", " that is wonderful."), answer("A movie", ""),
-                                 answer("A movie", " that is horrible.")])
+    scores = VaderJudge().score(
+        [
+            answer("A movie", " that is wonderful."),
+            answer("A movie", ""),
+            answer("A movie", " that is horrible."),
+        ]
+    )
     assert scores[0] > scores[1] == 0 > scores[2]
 
 
@@ -48,7 +68,8 @@ def test_reward_scores_in_batches_equal_those_of_each_alone(reward: RewardJudge)
 
 
 def test_reward_reads_end_of_text_whether_or_not_the_response_was_cut_off(
-        reward: RewardJudge) -> None:
+    reward: RewardJudge,
+) -> None:
     ended = answer(prompt_ids=(5, 6), response_ids=(7, 8, EOS))
     cut = answer(prompt_ids=(5, 6), response_ids=(7, 8))
     assert reward.score([ended])[0] == pytest.approx(reward.score([cut])[0], abs=1e-6)

@@ -28,7 +28,8 @@ def test_strengths_that_made_the_wins_are_found_again() -> None:
 def test_a_batch_of_tables_is_fitted_like_each_alone() -> None:
     tables = np.random.default_rng(0).uniform(1, 9, size=(3, 4, 4))
     assert bradley_terry(tables) == pytest.approx(
-        np.stack([bradley_terry(table) for table in tables]), abs=1e-8)
+        np.stack([bradley_terry(table) for table in tables]), abs=1e-8
+    )
 
 
 def test_a_model_that_never_won_has_no_strength() -> None:
@@ -45,8 +46,9 @@ def test_elo_of_ten_to_one_is_400_points_above_the_anchor() -> None:
 
 
 def test_a_model_that_wins_everything_has_a_finite_rating() -> None:
-    rated = ratings({"base": [0.0] * 50, "sft": [1.0] * 50, "ppo": [2.0] * 50}, anchor="sft",
-                    seed=0)
+    rated = ratings(
+        {"base": [0.0] * 50, "sft": [1.0] * 50, "ppo": [2.0] * 50}, anchor="sft", seed=0
+    )
     assert rated["base"].value < 1000 < rated["ppo"].value < 3000
     assert rated["ppo"].value - 1000 == pytest.approx(1000 - rated["base"].value, abs=1e-6)
 

@@ -26,8 +26,11 @@ class _Page(HTMLParser):
         self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
-        self.sources += [value or "" for name, value in attrs
-                         if name in ("src", "srcset", "href", "action", "data", "poster")]
+        self.sources += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "srcset", "href", "action", "data", "poster")
+        ]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -46,7 +49,7 @@ def _parse(page: str) -> _Page:
 def test_page_is_well_formed_and_self_contained(results: Results, drawn: list[Figure]) -> None:
     page = render(results, drawn, recipe_yaml="name: toy\n")
     parsed = _parse(page)
-    assert len(parsed.sources) == 2 * len(drawn)            # light and dark
+    assert len(parsed.sources) == 2 * len(drawn)  # light and dark
     for source in parsed.sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -72,19 +75,37 @@ def test_page_says_what_the_run_was(results: Results) -> None:
 
 def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
     by_name = {figure.name: figure for figure in drawn}
-    assert set(by_name) == {"win_rate", "reward_against_kl", "reward_model", "calibration",
-                          "entropy", "training_pretrain", "training_sft", "training_reward", "ppo"}
+    assert set(by_name) == {
+        "win_rate",
+        "reward_against_kl",
+        "reward_model",
+        "calibration",
+        "entropy",
+        "training_pretrain",
+        "training_sft",
+        "training_reward",
+        "ppo",
+    }
     for figure in drawn:
         assert figure.light.startswith(b"\x89PNG") and figure.dark.startswith(b"\x89PNG")
         assert figure.light != figure.dark
         assert figure.caption.endswith(".")
-    assert "not clearly different" in by_name["win_rate"].caption   # the interval holds 50%
+    assert "not clearly different" in by_name["win_rate"].caption  # the interval holds 50%
     assert "73% on movies (one person: 83%)" in by_name["reward_model"].caption
 
 
 def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> None:
-    for key in ("models", "win_rate_vs_sft", "distinct_2", "response_length", "ended_fraction",
-                "entropy_nats_per_token", "kl_ref_per_response", "held_out_loss", "ratings"):
+    for key in (
+        "models",
+        "win_rate_vs_sft",
+        "distinct_2",
+        "response_length",
+        "ended_fraction",
+        "entropy_nats_per_token",
+        "kl_ref_per_response",
+        "held_out_loss",
+        "ratings",
+    ):
         del results[key]["ppo"]
     for table in (results["win_rate_vs_sft"], results["intervals"]["win_rate_vs_sft"]):
         for judges in table.values():
@@ -99,14 +120,28 @@ def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> N
 
 
 def test_one_model_alone_makes_a_report(results: Results) -> None:
-    alone = {key: {"base": results[key]["base"]} for key in (
-        "models", "distinct_2", "response_length", "ended_fraction", "entropy_nats_per_token",
-        "kl_ref_per_response", "ratings")}
+    alone = {
+        key: {"base": results[key]["base"]}
+        for key in (
+            "models",
+            "distinct_2",
+            "response_length",
+            "ended_fraction",
+            "entropy_nats_per_token",
+            "kl_ref_per_response",
+            "ratings",
+        )
+    }
     results |= alone | {
-        "reference": "base", "judges": ["vader"], "held_out_loss": {"base": {}},
-        "win_rate_vs_base": {"base": {"vader": 0.5}}, "samples": [], "reward_model": {},
+        "reference": "base",
+        "judges": ["vader"],
+        "held_out_loss": {"base": {}},
+        "win_rate_vs_base": {"base": {"vader": 0.5}},
+        "samples": [],
+        "reward_model": {},
         "intervals": {"win_rate_vs_base": {"base": {"vader": [0.5, 0.5]}}},
-        "reward_model_calibration": []}
+        "reward_model_calibration": [],
+    }
     assert figures(results, {}) == []
     _parse(render(results, [], recipe_yaml=""))
 

@@ -13,12 +13,12 @@ from rayrlhf.config import PPOConfig
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
     ReferenceWorker,
     RewardWorker,
-    RoleSettings,
     RolloutWorker,
 )
 from tests.rl.inline import EOS, PAD, VOCAB, CountingReward, InlineHandle, InlineRay, SmallEngine
@@ -29,11 +29,21 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a vocabulary of 12."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
-    )).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -51,16 +61,30 @@ def small_critic(tmp_path_factory: pytest.TempPathFactory, small_model: Path) ->
 def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSettings]:
     """Return settings(**keys of PPOConfig)."""
 
-    def make(*, model: Path = small_model, corpus: str = "", seed: int = 0,
-             **keys: Any) -> RoleSettings:
+    def make(
+        *, model: Path = small_model, corpus: str = "", seed: int = 0, **keys: Any
+    ) -> RoleSettings:
         defaults: dict[str, Any] = {
-            "prompts": "none", "batch_size": 16, "num_minibatches": 2, "max_response_tokens": 6,
-            "actor": {"learning_rate": 3e-3}, "critic": {"learning_rate": 3e-3}, "steps": 4,
+            "prompts": "none",
+            "batch_size": 16,
+            "num_minibatches": 2,
+            "max_response_tokens": 6,
+            "actor": {"learning_rate": 3e-3},
+            "critic": {"learning_rate": 3e-3},
+            "steps": 4,
         }
         return RoleSettings(
-            ppo=PPOConfig(**{**defaults, **keys}), model_path=str(model), state_path=None,
-            tokenizer_path=str(tiny_tokenizer), corpus_path=corpus, max_length=16, pad_id=PAD,
-            eos_id=EOS, seed=seed, num_threads=1)
+            ppo=PPOConfig(**{**defaults, **keys}),
+            model_path=str(model),
+            state_path=None,
+            tokenizer_path=str(tiny_tokenizer),
+            corpus_path=corpus,
+            max_length=16,
+            pad_id=PAD,
+            eos_id=EOS,
+            seed=seed,
+            num_threads=1,
+        )
 
     return make
 
@@ -74,18 +98,32 @@ def inline_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
     """Return make_roles(settings): the five roles, loaded, in this process."""
-    def make(own: RoleSettings, *, checkpoint: Path | None = None,
-             reward: type[RewardWorker] = CountingReward) -> Roles:
+
+    def make(
+        own: RoleSettings,
+        *,
+        checkpoint: Path | None = None,
+        reward: type[RewardWorker] = CountingReward,
+    ) -> Roles:
         state = checkpoint / "training_state" if checkpoint else None
-        actor = replace(own, model_path=str(checkpoint), state_path=str(state / "actor")) \
-            if state else own
-        critic = replace(own, model_path=str(state / "critic"), state_path=str(state / "critic")) \
-            if state else replace(own, model_path=str(small_critic))
+        actor = (
+            replace(own, model_path=str(checkpoint), state_path=str(state / "actor"))
+            if state
+            else own
+        )
+        critic = (
+            replace(own, model_path=str(state / "critic"), state_path=str(state / "critic"))
+            if state
+            else replace(own, model_path=str(small_critic))
+        )
         rollout = RolloutWorker(own)
         rollout.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
-        workers = {"actor": ActorWorker(actor), "critic": CriticWorker(critic),
-                   "reference": ReferenceWorker(own),
-                   "reward": reward(replace(own, model_path=str(small_critic)))}
+        workers = {
+            "actor": ActorWorker(actor),
+            "critic": CriticWorker(critic),
+            "reference": ReferenceWorker(own),
+            "reward": reward(replace(own, model_path=str(small_critic))),
+        }
         for name in ("actor", "critic"):
             workers[name].start(("", 0))  # type: ignore[call-arg]
         workers["reference"].start()  # type: ignore[call-arg]
@@ -95,7 +133,8 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
             critic=groups.CriticGroup([InlineHandle(workers["critic"])], deadline_s=60),
             reference=groups.ReferenceGroup([InlineHandle(workers["reference"])], deadline_s=60),
             reward=groups.RewardGroup([InlineHandle(workers["reward"])], deadline_s=60),
-            rollout=groups.RolloutGroup([InlineHandle(rollout)], deadline_s=60))
+            rollout=groups.RolloutGroup([InlineHandle(rollout)], deadline_s=60),
+        )
 
     return make
 

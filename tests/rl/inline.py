@@ -71,16 +71,26 @@ class SmallEngine:
         self.weight_version = 0
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float,
-                 seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = torch.tensor(prompts)                       # prompts of one length only
+        rows = torch.tensor(prompts)  # prompts of one length only
         log_probs, tokens = [], []
         for _ in range(max_tokens):
             logits = self.model(rows).logits[:, -1] / temperature
             dist = logits.log_softmax(dim=-1)
-            chosen = torch.stack([torch.multinomial(row.exp(), 1, generator=g)
-                                  for row, g in zip(dist, generators, strict=True)])
+            chosen = torch.stack(
+                [
+                    torch.multinomial(row.exp(), 1, generator=g)
+                    for row, g in zip(dist, generators, strict=True)
+                ]
+            )
             log_probs.append(dist.gather(1, chosen))
             tokens.append(chosen)
             rows = torch.cat([rows, chosen], dim=1)
@@ -88,9 +98,11 @@ class SmallEngine:
         completions = []
         for row, value in zip(ids, values, strict=True):
             end = row.index(EOS) + 1 if EOS in row else len(row)
-            completions.append(Completion(row[:end], value[:end],
-                                          "stop" if EOS in row else "length",
-                                          self.weight_version))
+            completions.append(
+                Completion(
+                    row[:end], value[:end], "stop" if EOS in row else "length", self.weight_version
+                )
+            )
         return completions
 
     def load_weights(self, weights: Any, version: int) -> int:

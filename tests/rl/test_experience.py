@@ -21,9 +21,11 @@ def rollout() -> Rollout:
     """Three rows; the first is truncated, the second ends in eos, the last has an eos prompt."""
     return Rollout.from_completions(
         [[4, 5], [6], [EOS, 7, 8]],
-        [Completion([3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0], "length", 2),
-         Completion([9, EOS], [-0.5, -0.25], "stop", 2),
-         Completion([EOS], [-0.1], "stop", 2)],
+        [
+            Completion([3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0], "length", 2),
+            Completion([9, EOS], [-0.5, -0.25], "stop", 2),
+            Completion([EOS], [-0.1], "stop", 2),
+        ],
     )
 
 
@@ -39,8 +41,9 @@ def test_rollout_keeps_rows_unpadded() -> None:
 def test_finish_reason_alone_says_truncated() -> None:
     # The longest row that ended with eos is not truncated, nor is an eos in the prompt an end.
     batch = Rollout.from_completions(
-        [[EOS, 1], [1]], [Completion([2], [0.0], "length", 0),
-                          Completion([2, 3, EOS], [0.0] * 3, "stop", 0)])
+        [[EOS, 1], [1]],
+        [Completion([2], [0.0], "length", 0), Completion([2, 3, EOS], [0.0] * 3, "stop", 0)],
+    )
     assert batch.truncated.tolist() == [True, False]
 
 
@@ -67,8 +70,9 @@ def test_microbatch_without_work_has_mask_0() -> None:
 def test_floats_are_padded_like_the_tokens() -> None:
     batch = rollout()
     reader = RowReader(batch, pad_id=EOS)
-    assert torch.equal(reader.floats(batch.log_probs, [2, 1]),
-                       torch.tensor([[-0.1, 0], [-0.5, -0.25]]))
+    assert torch.equal(
+        reader.floats(batch.log_probs, [2, 1]), torch.tensor([[-0.1, 0], [-0.5, -0.25]])
+    )
     padded = pad_rows(batch.log_probs, batch.response_lengths)
     assert torch.equal(flatten(padded, batch.mask), batch.log_probs)
 
@@ -89,8 +93,12 @@ def test_ranks_take_every_row_once_in_equally_many_microbatches(
 ) -> None:
     lengths = [3, 50, 7, 7, 20, 9, 31, 4, 60, 5, 2, 11]
     rows = [11, 3, 8, 1, 5, 0]
-    plans = [rank_microbatches(rows, lengths, rank=rank, world_size=world_size,
-                               tokens_per_microbatch=tokens) for rank in range(world_size)]
+    plans = [
+        rank_microbatches(
+            rows, lengths, rank=rank, world_size=world_size, tokens_per_microbatch=tokens
+        )
+        for rank in range(world_size)
+    ]
     assert sorted(row for plan in plans for group in plan for row in group) == sorted(rows)
     assert len({len(plan) for plan in plans}) == 1
     for group in (group for plan in plans for group in plan):

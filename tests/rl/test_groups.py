@@ -33,7 +33,7 @@ class Late(InlineRay):
 
 def test_rows_of_all_ranks_come_back_in_order(inline_ray: None) -> None:
     critic = CriticGroup([InlineHandle(Rank([3, 0])), InlineHandle(Rank([1, 2]))], deadline_s=1)
-    values, = wait_all(critic.values("rollout", 0))
+    (values,) = wait_all(critic.values("rollout", 0))
     assert values.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
@@ -48,10 +48,16 @@ def test_a_deadline_names_the_role_and_the_call(monkeypatch: pytest.MonkeyPatch)
     ("raised", "kind", "said"),
     [
         (ray.exceptions.RayActorError(), RuntimeError, r"critic\.values: the worker died"),
-        (ray.exceptions.RayTaskError("values", "boom", ValueError("boom")), RuntimeError,
-         r"critic\.values failed: .*boom"),
-        (ray.exceptions.RayTaskError("values", "x", RecipeError("set this")), RecipeError,
-         "set this"),
+        (
+            ray.exceptions.RayTaskError("values", "boom", ValueError("boom")),
+            RuntimeError,
+            r"critic\.values failed: .*boom",
+        ),
+        (
+            ray.exceptions.RayTaskError("values", "x", RecipeError("set this")),
+            RecipeError,
+            "set this",
+        ),
     ],
 )
 def test_an_error_of_a_worker_names_the_role(

@@ -9,23 +9,36 @@ from rayrlhf.rl.placement import plan
 
 
 def recipe(**resources: Any) -> Recipe:
-    return parse({"name": "x", "model": {"path": "m"}, "ppo": {"prompts": "p"},
-                  "resources": resources})
+    return parse(
+        {"name": "x", "model": {"path": "m"}, "ppo": {"prompts": "p"}, "resources": resources}
+    )
 
 
 def test_five_roles_one_bundle_each() -> None:
     layout = plan(recipe())
     assert [place.role for place in layout.places] == [
-        "actor", "critic", "reference", "reward", "rollout"]
+        "actor",
+        "critic",
+        "reference",
+        "reward",
+        "rollout",
+    ]
     assert layout.bundles == [{"CPU": 0.25}] * 5
 
 
 def test_ranks_of_a_role_follow_each_other() -> None:
-    layout = plan(recipe(actor={"num_workers": 2, "gpus": 1},
-                         rollout={"num_workers": 2, "gpus": 2}))
+    layout = plan(
+        recipe(actor={"num_workers": 2, "gpus": 1}, rollout={"num_workers": 2, "gpus": 2})
+    )
     assert [(p.role, p.rank, p.world_size) for p in layout.places] == [
-        ("actor", 0, 2), ("actor", 1, 2), ("critic", 0, 1), ("reference", 0, 1),
-        ("reward", 0, 1), ("rollout", 0, 2), ("rollout", 1, 2)]
+        ("actor", 0, 2),
+        ("actor", 1, 2),
+        ("critic", 0, 1),
+        ("reference", 0, 1),
+        ("reward", 0, 1),
+        ("rollout", 0, 2),
+        ("rollout", 1, 2),
+    ]
     assert layout.bundles[0] == {"CPU": 0.25, "GPU": 1}
     assert layout.bundles[-1] == {"CPU": 0.25, "GPU": 2}
 
@@ -44,8 +57,11 @@ def test_strict_pack_asks_one_node_for_everything() -> None:
         ({"placement": "STRICT_PACK"}, [{"CPU": 1}, {"CPU": 1}], "CPU"),
         ({"placement": "STRICT_SPREAD"}, [{"CPU": 4}], "5 nodes"),
         ({"placement": "STRICT_SPREAD"}, [{"CPU": 1}] * 5, None),
-        ({"rollout": {"num_workers": 4, "gpus": 2}, "actor": {"num_workers": 8, "gpus": 1}},
-         [{"CPU": 8, "GPU": 8}] * 2, None),
+        (
+            {"rollout": {"num_workers": 4, "gpus": 2}, "actor": {"num_workers": 8, "gpus": 1}},
+            [{"CPU": 8, "GPU": 8}] * 2,
+            None,
+        ),
     ],
 )
 def test_a_shortage_names_the_resource(

@@ -13,25 +13,44 @@ from rayrlhf.config import PPOConfig, RecipeError, parse
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ppo import Prompts, check_mismatch, judge, optimize, restore, train_ppo
-from rayrlhf.rl.workers import RoleSettings
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.training.checkpoint import newest_checkpoint
 from tests.rl.inline import VOCAB
 
 PROMPTS = [[3, 4, 2 + i % 10] for i in range(20)]
 REQUIRED = {
-    "reward/score_mean", "reward/score_std", "kl/ref_per_response", "kl/coef",
-    "kl/rollout_mismatch", "policy/loss", "policy/clip_fraction", "policy/approx_kl",
-    "policy/entropy", "value/loss", "value/clip_fraction", "value/explained_variance",
-    "rollout/response_length", "rollout/truncated_fraction", "rollout/tokens_per_s",
-    "time/rollout_s", "time/evaluate_s", "time/update_s", "time/sync_s", "time/step_s",
+    "reward/score_mean",
+    "reward/score_std",
+    "kl/ref_per_response",
+    "kl/coef",
+    "kl/rollout_mismatch",
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/entropy",
+    "value/loss",
+    "value/clip_fraction",
+    "value/explained_variance",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/tokens_per_s",
+    "time/rollout_s",
+    "time/evaluate_s",
+    "time/update_s",
+    "time/sync_s",
+    "time/step_s",
     "weights/version",
 }
 Metrics = list[dict[str, Any]]
 
 
 @pytest.fixture
-def train(make_roles: Callable[..., Roles], settings: Callable[..., RoleSettings],
-          tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., Metrics]:
+def train(
+    make_roles: Callable[..., Roles],
+    settings: Callable[..., RoleSettings],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> Callable[..., Metrics]:
     """Return train(name, **keys of PPOConfig): run the loop; returns metrics.jsonl."""
 
     def run(name: str = "run", *, seed: int = 0, **keys: Any) -> Metrics:
@@ -41,16 +60,23 @@ def train(make_roles: Callable[..., Roles], settings: Callable[..., RoleSettings
         state = restore(own.ppo, checkpoint)
         roles = make_roles(own, checkpoint=checkpoint)
         with MetricsLogger(stage, start_step=state.step) as log:
-            optimize(own.ppo, roles, Prompts(PROMPTS, seed, own.ppo.batch_size), state, log,
-                     tokenizer)
+            optimize(
+                own.ppo, roles, Prompts(PROMPTS, seed, own.ppo.batch_size), state, log, tokenizer
+            )
         return read_jsonl(stage / "metrics.jsonl")
 
     return run
 
 
 def timeless(rows: Metrics) -> Metrics:
-    return [{name: value for name, value in row.items()
-             if not name.startswith("time") and name != "rollout/tokens_per_s"} for row in rows]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith("time") and name != "rollout/tokens_per_s"
+        }
+        for row in rows
+    ]
 
 
 def test_every_metric_is_logged(train: Callable[..., Any], tmp_path: Path) -> None:
@@ -69,16 +95,21 @@ def test_every_metric_is_logged(train: Callable[..., Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reward_rises_on_a_bandit(train: Callable[..., Any], seed: int) -> None:
     """The score counts token 5: a tenth of the tokens at first."""
-    rows = train(seed=seed, steps=10, batch_size=32, kl_coef=0.0, missing_eos_penalty=0.0,
-                 actor={"learning_rate": 2e-2}, critic={"learning_rate": 1e-2})
+    rows = train(
+        seed=seed,
+        steps=10,
+        batch_size=32,
+        kl_coef=0.0,
+        missing_eos_penalty=0.0,
+        actor={"learning_rate": 2e-2},
+        critic={"learning_rate": 1e-2},
+    )
     scores = [row["reward/score_mean"] for row in rows]
     assert sum(scores[-3:]) / 3 > 2.0 + sum(scores[:2]) / 2
 
 
-def test_a_huge_kl_coefficient_keeps_the_policy_at_the_reference(
-    train: Callable[..., Any]
-) -> None:
-    keys = {"steps": 5, "actor": {"learning_rate": 2e-2}, "missing_eos_penalty": 0.0}
+def test_a_huge_kl_coefficient_keeps_the_policy_at_the_reference(train: Callable[..., Any]) -> None:
+    keys = {"steps": 8, "actor": {"learning_rate": 1e-2}, "missing_eos_penalty": 0.0}
     free = train("free", kl_coef=0.0, **keys)[-1]["kl/ref_per_response"]
     held = train("held", kl_coef=1000.0, **keys)[-1]["kl/ref_per_response"]
     assert free > 0.5
@@ -90,8 +121,13 @@ def test_rerun_is_identical(train: Callable[..., Any]) -> None:
 
 
 def test_resume_equals_an_uninterrupted_run(train: Callable[..., Any], tmp_path: Path) -> None:
-    keys = {"steps": 4, "save_every": 2, "kl_target": 0.5, "kl_horizon": 100.0,
-            "critic_warmup_steps": 1}
+    keys = {
+        "steps": 4,
+        "save_every": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 100.0,
+        "critic_warmup_steps": 1,
+    }
     whole = timeless(train(**keys))
     assert len({row["kl/coef"] for row in whole}) == 4
 
@@ -126,7 +162,7 @@ def test_kl_enters_the_reward_and_nothing_else(train: Callable[..., Any]) -> Non
     [
         ({}, [3.0, -5.0]),
         ({"missing_eos_penalty": 0.0}, [3.0, -4.0]),
-        ({"reward_clip": 1.0}, [1.0, -2.0]),           # clipped first, then the penalty
+        ({"reward_clip": 1.0}, [1.0, -2.0]),  # clipped first, then the penalty
     ],
 )
 def test_missing_eos_is_penalised_after_the_clip(
@@ -151,7 +187,7 @@ def test_a_mismatch_stops_the_run(gap: float) -> None:
 def test_prompts_follow_from_the_step() -> None:
     prompts = Prompts(PROMPTS, seed=0, batch_size=10)
     first = prompts.take(0) + prompts.take(1)
-    assert sorted(first) == sorted(PROMPTS)            # one epoch: every prompt once
+    assert sorted(first) == sorted(PROMPTS)  # one epoch: every prompt once
     assert prompts.take(1) == Prompts(PROMPTS, seed=0, batch_size=10).take(1)
     assert max(max(p) for p in PROMPTS) < VOCAB
 
@@ -159,8 +195,13 @@ def test_prompts_follow_from_the_step() -> None:
 def test_missing_models_are_named_before_ray_starts(tmp_path: Path, tiny_model: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "The movie"}\n', encoding="utf-8")
-    recipe = parse({"name": "x", "run_dir": str(tmp_path / "run"),
-                    "model": {"path": str(tiny_model), "max_length": 64},
-                    "ppo": {"prompts": str(prompts)}})
+    recipe = parse(
+        {
+            "name": "x",
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tiny_model), "max_length": 64},
+            "ppo": {"prompts": str(prompts)},
+        }
+    )
     with pytest.raises(RecipeError, match="reward/final"):
         train_ppo(recipe)

@@ -12,12 +12,12 @@ import torch
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl.experience import Experience, Rollout
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
     ReferenceWorker,
     RewardWorker,
-    RoleSettings,
     RolloutWorker,
 )
 from tests.rl.inline import SmallEngine
@@ -44,8 +44,13 @@ def flat(rows: tuple[list[int], list[torch.Tensor]]) -> torch.Tensor:
 
 def experience(rollout: Rollout, old: torch.Tensor, advantages: torch.Tensor) -> Experience:
     zeros = torch.zeros_like(old)
-    return Experience(rollout, old_log_probs=old, advantages=advantages, old_values=zeros,
-                      returns=torch.ones_like(old))
+    return Experience(
+        rollout,
+        old_log_probs=old,
+        advantages=advantages,
+        old_values=zeros,
+        returns=torch.ones_like(old),
+    )
 
 
 def digest(worker: ActorWorker) -> str:
@@ -63,7 +68,7 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: i
         metrics = actor.update(experience(rollout, flat(rows), torch.randn(len(flat(rows)))), step)
         assert metrics["policy/first_ratio"] == 0.0
         assert metrics["policy/first_clip_fraction"] == 0.0
-        assert metrics["policy/approx_kl"] > 0         # later minibatches are off-policy
+        assert metrics["policy/approx_kl"] > 0  # later minibatches are off-policy
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -77,19 +82,20 @@ def test_engine_actor_and_reference_agree_at_the_temperature(
     log_probs = flat(rows)
     assert torch.allclose(log_probs, rollout.log_probs, atol=1e-5)
     assert torch.allclose(log_probs, flat(reference.log_probs(rollout)), atol=1e-5)
-    assert 0 < entropy / len(log_probs) < 2.49         # ln 12
+    assert 0 < entropy / len(log_probs) < 2.49  # ln 12
 
 
 def test_log_probs_equal_those_of_a_row_alone(settings: Make) -> None:
     own = settings()
     rollout = sample(own)
     log_probs = flat(actor_of(own).log_probs(rollout, 0)[0]).split(
-        rollout.response_lengths.tolist())
+        rollout.response_lengths.tolist()
+    )
     model = load_causal_lm(own.model_path)
     prompts = rollout.prompt_ids.split(rollout.prompt_lengths.tolist())
     for prompt, response, found in zip(prompts, rollout.responses(), log_probs, strict=True):
         ids = torch.tensor([[*prompt.tolist(), *response]])
-        alone = token_log_probs(model, ids, torch.ones_like(ids))[0, len(prompt):]
+        alone = token_log_probs(model, ids, torch.ones_like(ids))[0, len(prompt) :]
         assert torch.allclose(found, alone, atol=1e-5)
 
 
@@ -124,7 +130,8 @@ def test_reward_model_reads_its_shift_and_the_last_token(
     for prompt, response, score in zip(prompts, rollout.responses(), scores, strict=True):
         ids = torch.tensor([[*prompt.tolist(), *response]])
         assert score.item() == pytest.approx(
-            model(ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5)
+            model(ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5
+        )
 
 
 def test_critic_starts_as_the_reward_model_and_sees_only_the_past(
@@ -142,8 +149,9 @@ def test_critic_starts_as_the_reward_model_and_sees_only_the_past(
 
     def longer(token: int) -> Rollout:
         rows = [torch.tensor([*row, token]) for row in rollout.responses()]
-        return replace(rollout, response_ids=torch.cat(rows),
-                       response_lengths=rollout.response_lengths + 1)
+        return replace(
+            rollout, response_ids=torch.cat(rows), response_lengths=rollout.response_lengths + 1
+        )
 
     for token in (2, 9):
         values = flat(critic.values(longer(token), 0)).split([n + 1 for n in lengths])
@@ -153,7 +161,7 @@ def test_critic_starts_as_the_reward_model_and_sees_only_the_past(
     base = flat(critic.values(rollout, 0)).split(lengths)
     changed = rollout.response_ids.clone()
     long = next(i for i, n in enumerate(lengths) if n >= 3)
-    place = sum(lengths[:long]) + 1                    # token 1 of that row
+    place = sum(lengths[:long]) + 1  # token 1 of that row
     changed[place] = 2 + (changed[place] + 1) % 9
     other = flat(critic.values(replace(rollout, response_ids=changed), 0)).split(lengths)
     assert torch.equal(base[long][:2], other[long][:2])
@@ -161,16 +169,22 @@ def test_critic_starts_as_the_reward_model_and_sees_only_the_past(
 
 
 def test_critic_learns_the_returns(settings: Make, small_critic: Path) -> None:
-    own = replace(settings(value_clip=100.0, critic={"learning_rate": 1e-2}),
-                  model_path=str(small_critic))
+    own = replace(
+        settings(value_clip=100.0, critic={"learning_rate": 1e-2}), model_path=str(small_critic)
+    )
     rollout = sample(settings())
     critic = CriticWorker(own)
     critic.start(("", 0))
     losses = []
     for step in range(4):
         values = flat(critic.values(rollout, step))
-        batch = Experience(rollout, old_log_probs=values, advantages=values, old_values=values,
-                           returns=torch.ones_like(values))
+        batch = Experience(
+            rollout,
+            old_log_probs=values,
+            advantages=values,
+            old_values=values,
+            returns=torch.ones_like(values),
+        )
         losses.append(critic.update(batch, step)["value/loss"])
     assert losses[-1] < 0.5 * losses[0]
 
@@ -180,7 +194,8 @@ def corpus(tmp_path: Path) -> Path:
     """Rows that count up and down, so that there is something to learn."""
     rows = [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
     tokens = pa.FixedSizeListArray.from_arrays(
-        pa.array([t for row in rows for t in row], pa.int32()), 8)
+        pa.array([t for row in rows for t in row], pa.int32()), 8
+    )
     table = pa.table({"tokens": tokens})
     with pa.ipc.new_file(str(tmp_path / "train-00000.arrow"), table.schema) as writer:
         writer.write_table(table)
@@ -195,12 +210,10 @@ def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
     rows = torch.tensor([[2 + (i + k) % 10 for i in range(8)] for k in range(4)])
 
     def run(coef: float) -> tuple[str, float, dict[str, float]]:
-        actor = actor_of(settings(actor={"learning_rate": 1e-2}, ptx_coef=coef,
-                                  corpus=str(corpus)))
+        actor = actor_of(settings(actor={"learning_rate": 1e-2}, ptx_coef=coef, corpus=str(corpus)))
         for step in range(3):
             old = flat(actor.log_probs(rollout, step)[0])
-            metrics = actor.update(
-                experience(rollout, old, torch.linspace(-1, 1, len(old))), step)
+            metrics = actor.update(experience(rollout, old, torch.linspace(-1, 1, len(old))), step)
         held_out = -token_log_probs(actor.model.hf, rows, torch.ones_like(rows)).mean().item()
         return digest(actor), held_out, metrics
 
@@ -213,7 +226,7 @@ def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
     assert without == digest(actor)
     assert mixed < none - 0.2
     assert metrics["policy/first_ratio"] == 0.0
-    assert 0 < metrics["ptx/loss"] < 2.6               # nats per token, about ln 12 at the start
+    assert 0 < metrics["ptx/loss"] < 2.6  # nats per token, about ln 12 at the start
 
 
 def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
@@ -222,8 +235,9 @@ def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
     worker.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
     prompts = [[3, 4, 5]] * 8
     whole = worker.generate(prompts, 0, step=3)
-    halves = Rollout.join([worker.generate(prompts[:4], 0, step=3),
-                           worker.generate(prompts[4:], 4, step=3)])
+    halves = Rollout.join(
+        [worker.generate(prompts[:4], 0, step=3), worker.generate(prompts[4:], 4, step=3)]
+    )
     assert whole.responses() == halves.responses()
-    assert len({tuple(row) for row in whole.responses()}) > 8          # one prompt, many answers
+    assert len({tuple(row) for row in whole.responses()}) > 8  # one prompt, many answers
     assert whole.responses() != worker.generate(prompts, 0, step=4).responses()

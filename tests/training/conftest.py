@@ -20,8 +20,10 @@ def write_rows(corpus: Path, split: str, rows: np.ndarray) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     values = pa.array(rows.reshape(-1).astype(np.int32))
     table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(values, rows.shape[1])})
-    with pa.OSFile(str(corpus / f"{split}-00000.arrow"), "wb") as sink, \
-            pa.ipc.new_file(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(corpus / f"{split}-00000.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
 
 
@@ -32,19 +34,25 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture
-def make_recipe(tmp_path: Path, tiny_tokenizer: Path,
-                tiny_model: Path) -> Callable[..., Recipe]:
+def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Callable[..., Recipe]:
     """Return a function: overrides of sections, name of the run -> Recipe with all its data."""
     words = ["good", "bad", "a film", "so happy", "the law", "long", "works", "today"]
-    demonstrations = [{"prompt": "A", "response": f" {words[i % 8]} {words[i % 5]}"}
-                      for i in range(13)]
-    comparisons = [{"prompt": "A",
-                    "responses": [f" {words[(i + k) % 8]}" for k in range(2 + i % 4)],
-                    "ranks": [1 + k // 2 if i % 3 else k + 1 for k in range(2 + i % 4)]}
-                   for i in range(11) if i % 4 or not i % 3]
+    demonstrations = [
+        {"prompt": "A", "response": f" {words[i % 8]} {words[i % 5]}"} for i in range(13)
+    ]
+    comparisons = [
+        {
+            "prompt": "A",
+            "responses": [f" {words[(i + k) % 8]}" for k in range(2 + i % 4)],
+            "ranks": [1 + k // 2 if i % 3 else k + 1 for k in range(2 + i % 4)],
+        }
+        for i in range(11)
+        if i % 4 or not i % 3
+    ]
 
-    def make(run: str = "run", resources: Mapping[str, Any] | None = None,
-             **sections: Mapping[str, Any]) -> Recipe:
+    def make(
+        run: str = "run", resources: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]
+    ) -> Recipe:
         folder = tmp_path / run
         if not folder.exists():
             folder.mkdir()
@@ -55,23 +63,46 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path,
             write_rows(folder / "corpus", "validation-books", rows[:5])
             for stage in ("pretrain", "sft"):
                 shutil.copytree(tiny_model, folder / stage / "final")
-        data = {"sft": write_jsonl(tmp_path / "demonstrations.jsonl", demonstrations),
-                "reward": write_jsonl(tmp_path / "comparisons.jsonl", comparisons)}
+        data = {
+            "sft": write_jsonl(tmp_path / "demonstrations.jsonl", demonstrations),
+            "reward": write_jsonl(tmp_path / "comparisons.jsonl", comparisons),
+        }
         defaults: dict[str, dict[str, Any]] = {
             "pretrain": {"sample_prompts": ["A"], "num_samples": 2},
             "sft": {"train": data["sft"], "validation": data["sft"]},
             "reward": {"train": data["reward"], "validation": data["reward"]},
         }
-        common = {"batch_size": 4, "epochs": 10, "max_steps": 6, "save_every": 2, "eval_every": 3,
-                  "learning_rate": 1e-2, "tokens_per_microbatch": 40}
-        return parse({
-            "name": "tiny", "run_dir": str(folder), "resources": dict(resources or {}),
-            "model": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2,
-                      "intermediate_size": 32, "max_length": 32},
-            "corpus": {"row_length": ROW_LENGTH,
-                       "sources": {"books": {"path": "x.jsonl", "validation": "y.jsonl"}}},
-            **{name: {**common, **section, **sections.get(name, {})}
-               for name, section in defaults.items()},
-        })
+        common = {
+            "batch_size": 4,
+            "epochs": 10,
+            "max_steps": 6,
+            "save_every": 2,
+            "eval_every": 3,
+            "learning_rate": 1e-2,
+            "tokens_per_microbatch": 40,
+        }
+        return parse(
+            {
+                "name": "tiny",
+                "run_dir": str(folder),
+                "resources": dict(resources or {}),
+                "model": {
+                    "hidden_size": 16,
+                    "num_layers": 1,
+                    "num_heads": 2,
+                    "num_kv_heads": 2,
+                    "intermediate_size": 32,
+                    "max_length": 32,
+                },
+                "corpus": {
+                    "row_length": ROW_LENGTH,
+                    "sources": {"books": {"path": "x.jsonl", "validation": "y.jsonl"}},
+                },
+                **{
+                    name: {**common, **section, **sections.get(name, {})}
+                    for name, section in defaults.items()
+                },
+            }
+        )
 
     return make

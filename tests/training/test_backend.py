@@ -21,13 +21,14 @@ from rayrlhf.training.backend import (
 )
 
 CPU = torch.device("cpu")
-LENGTHS = (5, 1, 7, 3, 2, 6, 4, 0)                          # of 8 rows; the last is empty
+LENGTHS = (5, 1, 7, 3, 2, 6, 4, 0)  # of 8 rows; the last is empty
 
 
 def make_net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8),
-                         nn.Linear(8, 1))
+    return nn.Sequential(
+        nn.Embedding(11, 6), nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1)
+    )
 
 
 def make_data() -> tuple[Tensor, Tensor]:
@@ -68,8 +69,12 @@ def _ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     for world_size in (4, 2):
         if rank < world_size:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/{world_size}", rank=rank,
-                                    world_size=world_size)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/{world_size}",
+                rank=rank,
+                world_size=world_size,
+            )
             for num_micros in (1, 2, 4) if world_size == 2 else (1, 2):
                 check_gradients(num_micros)
             check_inf()
@@ -102,7 +107,7 @@ def check_inf() -> None:
     accumulate(backend, 2)
     assert math.isfinite(backend.step()["grad_norm"]) and backend.num_skipped == 1
     total = sum(float(p.detach().sum()) for p in backend.module.parameters())
-    assert backend.global_max(total) == -backend.global_max(-total)     # equal on every rank
+    assert backend.global_max(total) == -backend.global_max(-total)  # equal on every rank
 
 
 @pytest.mark.parametrize("num_micros", [1, 2, 4, 8])
@@ -136,8 +141,15 @@ def test_two_losses_with_denominators_of_their_own_add_up() -> None:
 
 def test_one_step_is_adamw_by_hand() -> None:
     """Decay, bias correction and eps = 1e-5 as configured, over two steps."""
-    cfg = TrainingConfig(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-5,
-                         weight_decay=0.5, min_learning_rate_ratio=1.0, grad_clip=1e9)
+    cfg = TrainingConfig(
+        learning_rate=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.9,
+        adam_eps=1e-5,
+        weight_decay=0.5,
+        min_learning_rate_ratio=1.0,
+        grad_clip=1e9,
+    )
     net = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[1.0, -2.0]]))
@@ -166,8 +178,8 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
 def test_schedule() -> None:
     cfg = TrainingConfig(learning_rate=1.0, warmup_ratio=0.2, min_learning_rate_ratio=0.1)
     rates = [learning_rate(step, cfg, 11) for step in range(11)]
-    assert rates[:3] == [0.5, 1.0, 1.0]                     # 2 steps of warm-up, then the peak
-    assert rates[6] == pytest.approx(0.55)                  # half of the cosine
+    assert rates[:3] == [0.5, 1.0, 1.0]  # 2 steps of warm-up, then the peak
+    assert rates[6] == pytest.approx(0.55)  # half of the cosine
     assert rates[10] == pytest.approx(0.1)
     assert learning_rate(0, cfg, 1) == 1.0
     backend = make(cfg, total_steps=11)

@@ -62,7 +62,9 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
         write(tmp_path, step, keep=2)
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
-        "step-00000010", "step-00000011"]
+        "step-00000010",
+        "step-00000011",
+    ]
 
 
 def test_commit_replaces(tmp_path: Path) -> None:
@@ -72,8 +74,13 @@ def test_commit_replaces(tmp_path: Path) -> None:
 
 def test_tensors_and_meta_come_back(tmp_path: Path) -> None:
     base = torch.arange(6.0).reshape(2, 3)
-    tensors = {"t": base.t(), "view": base[0], "step": torch.tensor(3.0),
-               "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
+    tensors = {
+        "t": base.t(),
+        "view": base[0],
+        "step": torch.tensor(3.0),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.zeros(0),
+    }
     save_tensors(tmp_path / "a.safetensors", tensors, {"step": 3, "kl": 0.1 + 0.2})
     loaded, meta = load_tensors(tmp_path / "a.safetensors")
     assert meta == {"step": 3, "kl": 0.1 + 0.2}

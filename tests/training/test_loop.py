@@ -27,9 +27,14 @@ class Killed(Exception):
 
 def comparable(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
     """Return the lines without what depends on the clock."""
-    return [{key: value for key, value in line.items()
-             if key not in ("time", "tokens_per_s") and not key.startswith("time/")}
-            for line in read_jsonl(folder / f"{name}.jsonl")]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("time", "tokens_per_s") and not key.startswith("time/")
+        }
+        for line in read_jsonl(folder / f"{name}.jsonl")
+    ]
 
 
 def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
@@ -42,8 +47,9 @@ def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
 
 @pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage])
 @pytest.mark.parametrize("killed_at", [1, 4, 5])
-def test_resume_equals_uninterrupted(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch,
-                                     kind: type[Stage], killed_at: int) -> None:
+def test_resume_equals_uninterrupted(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: type[Stage], killed_at: int
+) -> None:
     sft = {"dropout": 0.2}
     whole = fresh(make_recipe("whole", sft=sft), kind)
     loop.run(whole, CPU)
@@ -67,8 +73,9 @@ def test_resume_equals_uninterrupted(make_recipe: MakeRecipe, monkeypatch: pytes
     assert comparable(broken.folder) == expected
     assert comparable(broken.folder, "samples") == comparable(whole.folder, "samples")
     for name in ("model.safetensors", "config.json"):
-        assert (broken.folder / "final" / name).read_bytes() == \
-            (whole.folder / "final" / name).read_bytes()
+        assert (broken.folder / "final" / name).read_bytes() == (
+            whole.folder / "final" / name
+        ).read_bytes()
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(make_recipe: MakeRecipe) -> None:
@@ -85,8 +92,10 @@ def test_a_half_written_checkpoint_is_not_resumed_from(make_recipe: MakeRecipe) 
 
 
 def test_folders_load_with_plain_transformers(make_recipe: MakeRecipe) -> None:
-    for kind, auto in ((PretrainStage, AutoModelForCausalLM),
-                       (RewardStage, AutoModelForSequenceClassification)):
+    for kind, auto in (
+        (PretrainStage, AutoModelForCausalLM),
+        (RewardStage, AutoModelForSequenceClassification),
+    ):
         stage = fresh(make_recipe(), kind)
         loop.run(stage, CPU)
         for folder in (stage.folder / "final", stage.folder / "checkpoints" / "step-00000004"):
@@ -99,7 +108,10 @@ def test_checkpoints_are_pruned_and_hold_no_pickle(make_recipe: MakeRecipe) -> N
     stage = fresh(make_recipe(sft={"save_every": 1, "keep_checkpoints": 3}), SFTStage)
     loop.run(stage, CPU)
     assert sorted(p.name for p in (stage.folder / "checkpoints").iterdir()) == [
-        "step-00000003", "step-00000004", "step-00000005"]
+        "step-00000003",
+        "step-00000004",
+        "step-00000005",
+    ]
     kinds = {path.suffix for path in stage.folder.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja"}
 
@@ -109,20 +121,34 @@ def test_metrics_of_a_step(make_recipe: MakeRecipe) -> None:
     loop.run(stage, CPU)
     lines = read_jsonl(stage.folder / "metrics.jsonl")
     for line in lines:
-        assert {"step", "time", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s",
-                "epoch", "time/step_s", "skipped_steps"} <= set(line)
+        assert {
+            "step",
+            "time",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens",
+            "tokens_per_s",
+            "epoch",
+            "time/step_s",
+            "skipped_steps",
+        } <= set(line)
         assert line["tokens"] == 4 * 16
     assert lines[-1]["epoch"] == pytest.approx(6 * 4 / 19)
     assert "eval/loss.books" in lines[2] and "eval/loss" in lines[-1]
     assert lines[-1]["loss"] < lines[0]["loss"]
     samples = read_jsonl(stage.folder / "samples.jsonl")
     assert [(s["step"], s["kind"]) for s in samples] == [
-        (3, "greedy"), (3, "sampled"), (6, "greedy"), (6, "sampled")]
+        (3, "greedy"),
+        (3, "sampled"),
+        (6, "greedy"),
+        (6, "sampled"),
+    ]
 
 
 def test_number_of_steps(make_recipe: MakeRecipe) -> None:
     plain = PretrainStage(make_recipe(pretrain={"max_steps": None, "epochs": 2.0}))
-    assert plain.total_steps == 10                          # 38 rows in batches of 4
+    assert plain.total_steps == 10  # 38 rows in batches of 4
     assert PretrainStage(make_recipe()).total_steps == 6
 
 

@@ -43,8 +43,7 @@ def test_zero_2_and_3_have_the_losses_of_ddp(make_recipe: MakeRecipe) -> None:
         "zero2": {"backend": "deepspeed", "zero_stage": 2},
         "zero3": {"backend": "deepspeed", "zero_stage": 3},
     }.items():
-        recipe = make_recipe(name, resources={"num_workers": 2},
-                             sft={**section, "max_steps": 4})
+        recipe = make_recipe(name, resources={"num_workers": 2}, sft={**section, "max_steps": 4})
         shutil.rmtree(recipe.path / "sft")
         final = finetune(recipe)
         finals[name] = load_file(final / "model.safetensors")
@@ -70,27 +69,38 @@ train_reward(pickle.load(open({recipe!r}, "rb")))
 def test_sigkill_of_the_whole_group_then_the_same_command(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    recipe = make_recipe("killed", resources={"num_workers": 2},
-                         reward={"max_steps": 300, "save_every": 20, "eval_every": 30,
-                                 "epochs": 1000})
+    recipe = make_recipe(
+        "killed",
+        resources={"num_workers": 2},
+        reward={"max_steps": 300, "save_every": 20, "eval_every": 30, "epochs": 1000},
+    )
     saved = tmp_path / "recipe.pickle"
     saved.write_bytes(pickle.dumps(recipe))
     code = COMMAND.format(root=str(Path(__file__).parents[2]), recipe=str(saved))
     metrics = recipe.path / "reward" / "metrics.jsonl"
 
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=log,
-                               stderr=log)
+        run = subprocess.Popen(
+            [sys.executable, "-c", code], start_new_session=True, stdout=log, stderr=log
+        )
         deadline = time.monotonic() + 120
         while len(read_jsonl(metrics)) < 45:
-            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            assert run.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "log"
+            ).read_text()
             time.sleep(0.02)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         before = read_jsonl(metrics)
         assert len(before) < 300
-        subprocess.run([sys.executable, "-c", code], start_new_session=True, stdout=log, stderr=log,
-                       timeout=180, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code],
+            start_new_session=True,
+            stdout=log,
+            stderr=log,
+            timeout=180,
+            check=True,
+        )
     resumed = read_jsonl(metrics)
 
     whole = make_recipe("whole", resources={"num_workers": 2}, reward=recipe.reward.model_dump())
@@ -101,5 +111,6 @@ def test_sigkill_of_the_whole_group_then_the_same_command(
         ray.shutdown()
     expected = read_jsonl(whole.path / "reward" / "metrics.jsonl")
     clocks = ("time", "time/step_s", "tokens_per_s")
-    assert [{k: v for k, v in line.items() if k not in clocks} for line in resumed] == \
-        [{k: v for k, v in line.items() if k not in clocks} for line in expected]
+    assert [{k: v for k, v in line.items() if k not in clocks} for line in resumed] == [
+        {k: v for k, v in line.items() if k not in clocks} for line in expected
+    ]

@@ -1,0 +1,182 @@
+"""What the ranks of a role share: settings, device, meeting point, and their part of the rows."""
+
+import datetime
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayrlhf.config import PPOConfig, TrainingConfig
+from rayrlhf.data.datasets import shard
+from rayrlhf.data.packing import microbatches
+from rayrlhf.rl.experience import (
+    Rollout,
+    RowReader,
+    TokenBatch,
+    minibatches,
+    rank_microbatches,
+)
+from rayrlhf.training.backend import Backend, make_backend
+from rayrlhf.training.checkpoint import STATE_DIR
+
+Rows = tuple[list[int], list[Tensor]]
+"""Rows of a rollout that a rank worked on: their indices, and one tensor per row."""
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """What a worker has to know; `launch` fills in the last four."""
+
+    ppo: PPOConfig
+    model_path: str
+    """Hugging Face folder: of the start model, or of the checkpoint to resume from."""
+    state_path: str | None
+    """Folder of the optimizer state to resume from (actor and critic)."""
+    tokenizer_path: str
+    corpus_path: str
+    """Folder of the packed rows, for PPO-ptx."""
+    max_length: int
+    """Longest prompt plus response, tokens."""
+    pad_id: int
+    eos_id: int
+    seed: int
+    num_threads: int
+    rank: int = 0
+    world_size: int = 1
+    num_gpus: float = 0
+    host: str = "127.0.0.1"
+    """Address of the node of the role's rank 0."""
+
+
+class Worker:
+    """What every role has: settings, threads and a device."""
+
+    def __init__(self, settings: RoleSettings) -> None:
+        self.settings = settings
+        self.cfg = settings.ppo
+        self.device = torch.device("cuda:0" if settings.num_gpus else "cpu")
+        torch.set_num_threads(settings.num_threads)
+
+
+class InferenceWorker(Worker):
+    """A rank of `reference` or `reward`: takes its share of the rows, whatever the minibatches."""
+
+    training: TrainingConfig
+    """Of the trained role with the same model: same precision, same micro-batches."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the precision that the trained role's forward runs in."""
+        if self.training.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def microbatches_of(self, rollout: Rollout) -> Iterator[TokenBatch]:
+        """Yield this rank's rows, sorted by length, cut by the token budget."""
+        reader = RowReader(rollout, pad_id=self.settings.pad_id)
+        lengths = rollout.lengths
+        mine = shard(range(len(rollout)), self.settings.rank, self.settings.world_size, lengths)
+        for group in microbatches([lengths[i] for i in mine], self.training.tokens_per_microbatch):
+            yield reader.tokens([mine[position] for position in group]).to(self.device)
+
+
+class TrainedWorker(Worker, ABC):
+    """A rank of `actor` or `critic`."""
+
+    training: TrainingConfig
+    role = ""
+    _store: dist.TCPStore | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Open the meeting point of the ranks (rank 0 only); returns host and port."""
+        if self.settings.world_size > 1:
+            self._store = dist.TCPStore(
+                self.settings.host,
+                0,
+                self.settings.world_size,
+                is_master=True,
+                wait_for_workers=False,
+            )
+            return self.settings.host, self._store.port
+        return self.settings.host, 0
+
+    def start(self, address: tuple[str, int]) -> None:
+        """Join the other ranks at `address`, load the model and, on resume, the optimizer."""
+        settings = self.settings
+        if settings.world_size > 1:
+            timeout = datetime.timedelta(seconds=self.cfg.deadline_s)
+            store = self._store or dist.TCPStore(
+                *address, settings.world_size, is_master=False, timeout=timeout
+            )
+            dist.init_process_group(
+                "nccl" if settings.num_gpus else "gloo",
+                store=store,
+                rank=settings.rank,
+                world_size=settings.world_size,
+                timeout=timeout,
+            )
+        module = self.load_module()
+        updates_per_step = self.cfg.epochs * self.cfg.num_minibatches
+        self.backend: Backend = make_backend(
+            module,
+            self.training,
+            device=self.device,
+            total_steps=self.num_steps() * updates_per_step,
+        )
+        module.eval()  # no dropout, whatever the backend set
+        if settings.state_path is not None:
+            self.backend.load_state(settings.state_path)
+
+    @abstractmethod
+    def load_module(self) -> torch.nn.Module:
+        """Return the model to train."""
+
+    def num_steps(self) -> int:
+        """Return the PPO steps that train this model: the length of the schedule."""
+        return self.cfg.steps
+
+    def minibatches_of(
+        self, rollout: Rollout, step: int, epoch: int
+    ) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield (response tokens of the whole minibatch, this rank's micro-batches)."""
+        lengths = rollout.lengths
+        for rows in minibatches(
+            len(rollout), self.cfg.num_minibatches, seed=self.settings.seed, step=step, epoch=epoch
+        ):
+            yield (
+                int(rollout.response_lengths[rows].sum()),
+                rank_microbatches(
+                    lengths=lengths,
+                    rows=rows,
+                    rank=self.settings.rank,
+                    world_size=self.settings.world_size,
+                    tokens_per_microbatch=self.training.tokens_per_microbatch,
+                ),
+            )
+
+    def reduce(self, sums: dict[str, float]) -> dict[str, float]:
+        """Add up over the ranks; every rank has the same names."""
+        return dict(zip(sums, self.backend.global_sums(list(sums.values())), strict=True))
+
+    def state_folder(self, folder: str) -> Path:
+        """Make and return the role's part of a checkpoint's training state."""
+        state = Path(folder) / STATE_DIR / self.role
+        state.mkdir(parents=True, exist_ok=True)
+        return state
+
+
+def unpadded(padded: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return the rows of (b, T) without their padding, on the CPU."""
+    lengths = mask.sum(dim=1).int().tolist()
+    return [row[:length] for row, length in zip(padded.float().cpu(), lengths, strict=True)]
+
+
+def add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:
+    """Add metrics to `sums`, in place."""
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + float(value)
