@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rayrlhf.metrics import read_jsonl
+from tests import toy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = ("pretrain", "sft", "reward", "ppo")

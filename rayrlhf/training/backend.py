@@ -229,7 +229,7 @@ class DDPBackend(Backend):
             self._wrapper = DistributedDataParallel(
                 self.module,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
 

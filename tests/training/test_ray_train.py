@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from rayrlhf.config import Recipe
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training.checkpoint import is_complete
-from rayrlhf.training.reward import train_reward
 from rayrlhf.training.sft import finetune
 
 MakeRecipe = Callable[..., Recipe]
@@ -59,58 +58,55 @@ def test_zero_2_and_3_have_the_losses_of_ddp(make_recipe: MakeRecipe) -> None:
 
 
 COMMAND = """
-import os, pickle, sys
+import pickle, sys
 sys.path.insert(0, {root!r})
 from rayrlhf.training.reward import train_reward
-train_reward(pickle.load(open({recipe!r}, "rb")))
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        train_reward(pickle.load(file))
 """
 
 
 def test_sigkill_of_the_whole_group_then_the_same_command(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(
-        "killed",
-        resources={"num_workers": 2},
-        reward={"max_steps": 300, "save_every": 20, "eval_every": 30, "epochs": 1000},
-    )
-    saved = tmp_path / "recipe.pickle"
-    saved.write_bytes(pickle.dumps(recipe))
-    code = COMMAND.format(root=str(Path(__file__).parents[2]), recipe=str(saved))
-    metrics = recipe.path / "reward" / "metrics.jsonl"
+    section = {"max_steps": 160, "save_every": 10, "eval_every": 20, "epochs": 1000}
+    metrics, saved = {}, {}
+    for name in ("killed", "whole"):
+        recipe = make_recipe(name, resources={"num_workers": 2}, reward=section)
+        metrics[name] = recipe.path / "reward" / "metrics.jsonl"
+        saved[name] = tmp_path / f"{name}.pickle"
+        saved[name].write_bytes(pickle.dumps(recipe))
+    code = COMMAND.format(root=str(Path(__file__).parents[2]))
+    command = [sys.executable, "-c", code, str(saved["killed"])]
 
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [sys.executable, "-c", code], start_new_session=True, stdout=log, stderr=log
-        )
-        deadline = time.monotonic() + 120
-        while len(read_jsonl(metrics)) < 45:
-            assert run.poll() is None and time.monotonic() < deadline, (
-                tmp_path / "log"
-            ).read_text()
+        run = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while len(read_jsonl(metrics["killed"])) < 25:
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-        before = read_jsonl(metrics)
-        assert len(before) < 300
+        assert len(read_jsonl(metrics["killed"])) < 160
+        # The same command; a run that nothing interrupts shares its cluster.
         subprocess.run(
-            [sys.executable, "-c", code],
+            [*command, str(saved["whole"])],
             start_new_session=True,
             stdout=log,
             stderr=log,
-            timeout=180,
+            timeout=400,
             check=True,
         )
-    resumed = read_jsonl(metrics)
 
-    whole = make_recipe("whole", resources={"num_workers": 2}, reward=recipe.reward.model_dump())
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        train_reward(whole)
-    finally:
-        ray.shutdown()
-    expected = read_jsonl(whole.path / "reward" / "metrics.jsonl")
     clocks = ("time", "time/step_s", "tokens_per_s")
-    assert [{k: v for k, v in line.items() if k not in clocks} for line in resumed] == [
-        {k: v for k, v in line.items() if k not in clocks} for line in expected
-    ]
+    resumed, expected = (
+        [
+            {key: value for key, value in line.items() if key not in clocks}
+            for line in read_jsonl(metrics[name])
+        ]
+        for name in ("killed", "whole")
+    )
+    assert len(expected) == 160
+    assert resumed == expected
