@@ -1,0 +1,40 @@
+"""Golden loss curves: a refactor keeps them; a change of the maths says so in the changelog.
+
+`pytest tests/training/test_golden.py` compares with tests/assets/golden_losses.json. After
+a change that is meant, write the new curves with RAYRLHF_WRITE_GOLDEN=1 and look at the difference.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayrlhf.config import Recipe
+from rayrlhf.metrics import read_jsonl
+from rayrlhf.training import loop
+from rayrlhf.training.pretrain import PretrainStage
+from rayrlhf.training.reward import RewardStage
+from rayrlhf.training.sft import SFTStage
+from rayrlhf.training.stage import Stage
+
+GOLDEN = Path(__file__).parents[1] / "assets" / "golden_losses.json"
+
+
+@pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage])
+def test_loss_curve_is_the_golden_one(
+    make_recipe: Callable[..., Recipe], kind: type[Stage]
+) -> None:
+    stage = kind(make_recipe(**{kind.name: {"max_steps": 12, "learning_rate": 3e-3}}))
+    shutil.rmtree(stage.folder, ignore_errors=True)
+    loop.run(stage, torch.device("cpu"))
+    found = [record["loss"] for record in read_jsonl(stage.folder / "metrics.jsonl")]
+    curves = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    if os.environ.get("RAYRLHF_WRITE_GOLDEN"):
+        curves[kind.name] = found
+        GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+    # Another CPU rounds differently; a change of the maths moves the third decimal.
+    assert found == pytest.approx(curves[kind.name], rel=1e-4)
