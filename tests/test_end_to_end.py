@@ -230,3 +230,30 @@ def test_bad_input_exits_2_before_any_actor_starts(
         assert text in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert not (tmp_path / "run" / "corpus").exists()
+
+
+TEN = {"prompt": "a", "responses": [f" {i}" for i in range(10)], "ranks": list(range(10))}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("prompts", b"", "prompts.jsonl: empty file"),
+        ("prompts", None, "prompts.jsonl: no such file"),
+        ("demonstrations", b'{"prompt": "a"}\n', "demonstrations.jsonl:1: the record has no field"),
+        ("corpus.train", b'{"text": "a"}\n{"text": \n', "corpus.train.jsonl:2: broken JSON"),
+        ("corpus.train", b'{"text": "a"}\n{"text": "\xff"}\n', "corpus.train.jsonl:2: invalid UTF"),
+        ("comparisons.train", json.dumps(TEN).encode(), "K must be from 2 to 9"),
+    ],
+)
+def test_bad_data_exits_2_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    recipe = toy.write_recipe(tmp_path)
+    path = tmp_path / f"{name}.jsonl"
+    path.unlink() if content is None else path.write_bytes(content)
+    done = toy.run("pipeline", recipe)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert not (tmp_path / "run" / "corpus").exists()
