@@ -14,6 +14,31 @@ GOOD = ("good", "great", "fine", "happy", "lovely")
 BAD = ("bad", "poor", "awful", "sad", "boring")
 NOUNS = ("film", "movie", "book", "song", "day", "plot", "scene", "story")
 
+PPO_METRICS = {
+    "reward/score_mean",
+    "reward/score_std",
+    "kl/ref_per_response",
+    "kl/coef",
+    "kl/rollout_mismatch",
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/entropy",
+    "value/loss",
+    "value/clip_fraction",
+    "value/explained_variance",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/tokens_per_s",
+    "time/rollout_s",
+    "time/evaluate_s",
+    "time/update_s",
+    "time/sync_s",
+    "time/step_s",
+    "weights/version",
+}
+"""What PPO logs at least, in every step."""
+
 
 def sentence(rng: random.Random) -> tuple[str, str, int]:
     """Return (opening, rest, rating)."""
