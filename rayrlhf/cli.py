@@ -71,7 +71,8 @@ def _run(command: str, recipe: "Recipe") -> int:
             )
     if command == "pipeline":
         console.say(f"{recipe.name}: {' -> '.join(recipe.stages)} in {recipe.path}")
-        pipeline.prepare(recipe)
+        if not all(pipeline.is_current(recipe, stage) for stage in stages):
+            pipeline.prepare(recipe)
     for stage in stages:
         with pipeline.tracked(recipe, stage) as needed:
             if needed:

@@ -11,6 +11,7 @@ import yaml
 from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, Recipe, RecipeError
 from rayrlhf.data import builtin
+from rayrlhf.data.files import data_files
 
 SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
@@ -53,7 +54,7 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
                 f"{stage} reads {recipe.path / lineage.OUTPUTS[before]}, which is not "
                 f"there yet: run `rayrlhf {before}` or `rayrlhf pipeline` first"
             )
-    read = lineage.inputs(recipe, stage, stage_files(recipe, stage))
+    read = _inputs(recipe, stage)
     if lineage.is_current(recipe, stage, read):
         console.say(f"{stage:>9} unchanged, nothing to do")
         yield False
@@ -80,44 +81,25 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     console.say(f"{stage:>9} done in {seconds:.0f} s: {recipe.path / lineage.OUTPUTS[stage]}")
 
 
-def stage_files(recipe: Recipe, stage: str) -> dict[str, Path]:
-    """Return the data files that the recipe's section of `stage` names, by key."""
-    named: dict[str, str | None] = {}
-    if stage == "corpus" and recipe.corpus is not None:
-        for source, cfg in recipe.corpus.sources.items():
-            named |= {
-                f"{source}.train": cfg.path,
-                f"{source}.validation": cfg.validation,
-                f"{source}.test": cfg.test,
-            }
-    if stage == "sft" and recipe.sft is not None:
-        named = {"train": recipe.sft.train, "validation": recipe.sft.validation}
-    if stage == "reward" and recipe.reward is not None:
-        named = {
-            "train": recipe.reward.train,
-            "validation": recipe.reward.validation,
-            "demonstrations": recipe.reward.demonstrations,
-        }
-    if stage == "ppo" and recipe.ppo is not None:
-        named = {"prompts": recipe.ppo.prompts}
-    if stage == "evaluate" and recipe.evaluate is not None:
-        named = {"prompts": recipe.evaluate.prompts, "comparisons": recipe.evaluate.comparisons}
-    if stage in (*TRAINED_STAGES, "ppo"):
-        named["init"] = recipe.model.path
+def is_current(recipe: Recipe, stage: str) -> bool:
+    """Tell whether `stage` is complete, and nothing that it reads has changed since."""
+    return lineage.is_current(recipe, stage, _inputs(recipe, stage))
+
+
+def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Return the hashes of what `stage` reads: its data files and local start model, and more."""
     files: dict[str, Path] = {}
-    for key, path in named.items():
-        if path is not None:
-            found = (
-                sorted(glob.glob(builtin.resolve(path)))
-                if key != "init"
-                else [builtin.resolve(path)]
-            )
-            files |= {
-                f"{stage}.{key}.{i}": Path(name)
-                for i, name in enumerate(found)
-                if Path(name).exists()
-            }
-    return files
+    for named in data_files(recipe):
+        if named.stage == stage:
+            found = sorted(glob.glob(builtin.resolve(named.path)))
+            files |= {f"{stage}.{named.key}.{i}": Path(path) for i, path in enumerate(found)}
+    if stage in (*TRAINED_STAGES, "ppo"):
+        section = getattr(recipe, stage)
+        start = getattr(section, "init", None) or recipe.model.path
+        # The weights behind a hub's name are the hub's to keep: the recipe's hash covers the name.
+        if start is not None and (folder := Path(builtin.resolve(start))).exists():
+            files[f"{stage}.init.0"] = folder
+    return lineage.inputs(recipe, stage, files)
 
 
 def _interval(recipe: Recipe, stage: str) -> int:

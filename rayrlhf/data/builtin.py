@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rayrlhf import console
 from rayrlhf.config import Recipe, RecipeError
@@ -99,8 +98,9 @@ def prepare(recipe: Recipe) -> None:
     """
     # records.py resolves its paths with this module, so it can only be imported from here.
     from rayrlhf.data import records
+    from rayrlhf.data.files import data_files
 
-    files = data_files(recipe)
+    files = list(dict.fromkeys((file.path, file.kind) for file in data_files(recipe)))
     if any(path.startswith(f"{PREFIX}{RATINGS}/") for path, _ in files):
         console.say(_counts_table())
     for path in dict.fromkeys((recipe.model.path, recipe.tokenizer.path)):
@@ -113,24 +113,6 @@ def prepare(recipe: Recipe) -> None:
         if not path.startswith(PREFIX):
             console.say(f"data: {path}: {count} {kind} records")
     console.say(f"data: all {total} records of {len(files)} data files are valid")
-
-
-def data_files(recipe: Recipe) -> list[tuple[str, Any]]:
-    """Return (path, kind of record) of every data file that the recipe names, each once."""
-    found: list[tuple[str | None, str]] = []
-    if recipe.corpus is not None:
-        for source in recipe.corpus.sources.values():
-            found += [(path, "document") for path in (source.path, source.validation, source.test)]
-    if recipe.sft is not None:
-        found += [(path, "demonstration") for path in (recipe.sft.train, recipe.sft.validation)]
-    if recipe.reward is not None:
-        found.append((recipe.reward.demonstrations, "demonstration"))
-        found += [(path, "comparison") for path in (recipe.reward.train, recipe.reward.validation)]
-    if recipe.ppo is not None:
-        found.append((recipe.ppo.prompts, "prompt"))
-    if recipe.evaluate is not None:
-        found += [(recipe.evaluate.prompts, "prompt"), (recipe.evaluate.comparisons, "comparison")]
-    return list(dict.fromkeys((path, kind) for path, kind in found if path is not None))
 
 
 def ratings_path(split: str) -> Path:

@@ -33,6 +33,8 @@ __all__ = [
     "encode_prompts",
     "fitting_prompts",
     "iter_records",
+    "lay_out",
+    "number_documents",
     "pad",
     "read_records",
     "shard",
@@ -190,6 +192,19 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, 
         input_ids[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
         attention_mask[row, : len(sequence)] = 1
     return input_ids, attention_mask
+
+
+def lay_out(rows: Sequence[Sequence[Sequence[int]]], fill: int) -> torch.Tensor:
+    """Join the sequences of each row and right-pad with `fill`: (b, S) int64."""
+    joined = [[value for sequence in row for value in sequence] for row in rows]
+    return pad(joined, fill)[0]
+
+
+def number_documents(rows: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
+    """Return the attention mask (b, S) int64 of `lay_out`: 1, 2, ... by sequence, 0 on padding."""
+    return lay_out(
+        [[[number] * len(sequence) for number, sequence in enumerate(row, 1)] for row in rows], 0
+    )
 
 
 class PackedRows:

@@ -1,7 +1,8 @@
-"""Pure packing: documents to rows of T tokens, sequences to micro-batches by a token budget.
+"""Pure packing: documents to rows of T tokens, sequences to rows and micro-batches.
 
-Unlike GPT-3's rows, a row is not padded and attention is not reset at a document's end: documents
+A corpus's rows (`pack`) have no padding, and attention is not reset at a document's end: documents
 follow each other with one end-of-text token between them, and a row may start inside a document.
+Demonstrations and responses stay whole (`pack_whole`), and those of a row do not see each other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,3 +43,32 @@ def microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[lis
             groups.append([position])
             longest = lengths[position]
     return groups
+
+
+def pack_whole(lengths: Sequence[int], row_length: int | None = None) -> list[list[int]]:
+    """Put sequences, whole, into rows of at most `row_length` tokens; return their positions.
+
+    First fit, longest first, which wastes little where lengths differ. None takes the longest
+    sequence, and one that is longer than a row has a row of its own. Every position occurs once.
+    """
+    if row_length is None:
+        row_length = max(lengths, default=0)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[position]
+        row = next((r for r, left in enumerate(room) if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(row_length)
+        rows[row].append(position)
+        room[row] -= length
+    return rows
+
+
+def within_budget(tokens: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Group positions so that the sum of their `tokens` stays within the budget.
+
+    Largest first; every position occurs exactly once, and one over the budget stands alone.
+    """
+    return pack_whole(tokens, tokens_per_microbatch)

@@ -7,6 +7,7 @@ stored as the model's shift, so that they score 0 on average before RL.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from rayrlhf.data.datasets import (
     Example,
     encode_comparisons,
     encode_demonstrations,
+    lay_out,
+    number_documents,
     pad,
     read_records,
     shard,
 )
-from rayrlhf.data.packing import microbatches
+from rayrlhf.data.packing import microbatches, pack_whole, within_budget
 from rayrlhf.data.tokenizer import check_vocabulary
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
@@ -44,14 +47,14 @@ def train_reward(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class ComparisonBatch(MicroBatch):
-    """All responses of some comparisons, N = b rows; `count` is comparisons with a pair."""
+    """All N responses of some comparisons, packed; `count` is comparisons with a pair."""
 
-    lengths: Tensor
-    """(N,) int64, tokens of each row"""
+    ends: Tensor
+    """(N,) int64, where the last token of each response is in the flattened (b * S)"""
     ranks: Tensor
     """(N,) int64, 1 = best of its comparison"""
     groups: Tensor
-    """(N,) int64, which comparison a row belongs to"""
+    """(N,) int64, which comparison a response belongs to"""
 
 
 class RewardStage(Stage):
@@ -108,37 +111,43 @@ class RewardStage(Stage):
         return self._cut([self.train[index] for index in indices])
 
     def _cut(self, comparisons: Sequence[Comparison]) -> list[ComparisonBatch]:
-        groups = comparison_groups(
-            [(len(c.ids), max(map(len, c.ids))) for c in comparisons],
-            self.cfg.tokens_per_microbatch,
+        groups = within_budget(
+            [sum(map(len, c.ids)) for c in comparisons], self.cfg.tokens_per_microbatch
         )
         return [self._batch([comparisons[index] for index in group]) for group in groups]
 
     def _batch(self, comparisons: Sequence[Comparison]) -> ComparisonBatch:
-        rows = [ids for comparison in comparisons for ids in comparison.ids]
-        input_ids, attention_mask = pad(rows, self.tokenizer.pad_token_id)  # (N, S)
-        lengths = torch.tensor([len(row) for row in rows])
-        ranks = torch.tensor([rank for comparison in comparisons for rank in comparison.ranks])
-        groups = torch.tensor(
-            [group for group, comparison in enumerate(comparisons) for _ in comparison.ids]
-        )
+        responses = [
+            (ids, rank, group)
+            for group, comparison in enumerate(comparisons)
+            for ids, rank in zip(comparison.ids, comparison.ranks, strict=True)
+        ]
+        rows = pack_whole([len(ids) for ids, _, _ in responses])
+        texts = [[responses[index][0] for index in row] for row in rows]
+        input_ids = lay_out(texts, self.tokenizer.pad_token_id)  # (b, S)
+        ends = [
+            number * input_ids.shape[1] + end - 1
+            for number, row in enumerate(texts)
+            for end in accumulate(map(len, row))
+        ]
+        order = [index for row in rows for index in row]
         return ComparisonBatch(
             input_ids,
-            attention_mask,
+            number_documents(texts),
             float(len(comparisons)),
-            int(lengths.sum()),
-            lengths,
-            ranks,
-            groups,
+            sum(len(ids) for ids, _, _ in responses),
+            torch.tensor(ends),
+            torch.tensor([responses[index][1] for index in order]),
+            torch.tensor([responses[index][2] for index in order]),
         )
 
     def empty(self) -> ComparisonBatch:
         one = torch.ones(1, dtype=torch.int64)
-        return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one, one, one)
+        return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one * 0, one, one)
 
     def loss(self, backend: Backend, micro: ComparisonBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = backend(micro.input_ids, micro.attention_mask)  # (N, S)
-        scores = last_scores(outputs, micro.lengths)  # (N,)
+        outputs = backend(micro.input_ids, micro.attention_mask)  # (b, S)
+        scores = outputs.flatten()[micro.ends]  # (N,)
         return ranking_loss(scores, micro.ranks, micro.groups)
 
     def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
@@ -194,26 +203,6 @@ class RewardStage(Stage):
     def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
         assert isinstance(module, ScalarHeadModel)
         module.save_pretrained(folder, weights)
-
-
-def comparison_groups(
-    sizes: Sequence[tuple[int, int]], tokens_per_microbatch: int
-) -> list[list[int]]:
-    """Group comparisons, given as (responses K, longest response), whole, by padded tokens.
-
-    Longest first; every position occurs exactly once; one over the budget stands alone.
-    """
-    groups: list[list[int]] = []
-    rows = longest = 0
-    for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i][1], i)):
-        num_responses, length = sizes[position]
-        if groups and (rows + num_responses) * longest <= tokens_per_microbatch:
-            groups[-1].append(position)
-            rows += num_responses
-        else:
-            groups.append([position])
-            rows, longest = num_responses, length
-    return groups
 
 
 def _cost(comparison: Comparison) -> float:

@@ -7,13 +7,18 @@ chose the checkpoint by the reward model's score; here the last one is taken.
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rayrlhf import lineage
 from rayrlhf.config import Recipe, SFTConfig
 from rayrlhf.data import builtin
-from rayrlhf.data.datasets import Example, encode_demonstrations, pad, read_records, shard
-from rayrlhf.data.packing import microbatches
+from rayrlhf.data.datasets import (
+    Example,
+    encode_demonstrations,
+    lay_out,
+    number_documents,
+    read_records,
+    shard,
+)
+from rayrlhf.data.packing import pack_whole
 from rayrlhf.data.tokenizer import check_vocabulary
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.models.folder import load_config
@@ -31,7 +36,7 @@ def finetune(recipe: Recipe) -> Path:
 
 
 class SFTStage(LanguageModelStage):
-    """Demonstrations, each one sequence: prompt, response, end-of-text."""
+    """Demonstrations: prompt, response, end-of-text; several to a row, none sees another."""
 
     name = "sft"
 
@@ -66,21 +71,26 @@ class SFTStage(LanguageModelStage):
         return self._cut([self.train[index] for index in indices])
 
     def _cut(self, examples: Sequence[Example]) -> list[TextBatch]:
-        groups = microbatches(
-            [len(example.ids) for example in examples], self.cfg.tokens_per_microbatch
-        )
-        return [self._batch([examples[index] for index in group]) for group in groups]
+        lengths = [len(example.ids) for example in examples]
+        rows = pack_whole(lengths)
+        num_rows = max(1, self.cfg.tokens_per_microbatch // max(lengths, default=1))
+        return [
+            self._batch(
+                [[examples[index] for index in row] for row in rows[start : start + num_rows]]
+            )
+            for start in range(0, len(rows), num_rows)
+        ]
 
-    def _batch(self, examples: Sequence[Example]) -> TextBatch:
-        input_ids, attention_mask = pad(
-            [example.ids for example in examples], self.tokenizer.pad_token_id
-        )  # (b, S)
-        loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            loss_mask[row, : len(example.mask)] = torch.tensor(example.mask, dtype=torch.bool)
-        loss_mask[:, 0] = False  # nothing stands before it
+    def _batch(self, rows: Sequence[Sequence[Example]]) -> TextBatch:
+        ids = [[example.ids for example in row] for row in rows]
+        # Nothing stands before a first token: it is never predicted.
+        loss_mask = lay_out([[[0, *example.mask[1:]] for example in row] for row in rows], 0).bool()
         return TextBatch(
-            input_ids, attention_mask, float(loss_mask.sum()), int(attention_mask.sum()), loss_mask
+            lay_out(ids, self.tokenizer.pad_token_id),
+            number_documents(ids),
+            float(loss_mask.sum()),
+            sum(len(sequence) for row in ids for sequence in row),
+            loss_mask,
         )
 
     def evaluate(self, backend: Backend) -> dict[str, float]:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.data.packing import microbatches, pack
+from rayrlhf.data.packing import microbatches, pack, pack_whole, within_budget
 
 EOS = 0
 
@@ -44,3 +44,20 @@ def test_microbatches_hold_everything_once_within_the_budget(
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
     longest = [max(lengths[i] for i in group) for group in groups]
     assert longest == sorted(longest, reverse=True)
+
+
+def test_whole_sequences_fill_rows_by_hand() -> None:
+    # rows of 7: 7 | 4 + 3 | 4 + 2
+    assert pack_whole([4, 3, 7, 2, 4]) == [[2], [0, 1], [4, 3]]
+    assert pack_whole([9, 1], row_length=4) == [[0], [1]]
+    assert pack_whole([]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100))
+def test_whole_sequences_occur_once_and_fit(lengths: list[int], row_length: int) -> None:
+    rows = pack_whole(lengths, row_length)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len(row) == 1 or sum(lengths[i] for i in row) <= row_length
+    assert within_budget(lengths, row_length) == rows
