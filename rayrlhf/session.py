@@ -21,7 +21,7 @@ def connect(recipe: Recipe) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"include_dashboard": False} if address == "local" else {}
+    local = {"include_dashboard": False} if is_local() else {}
     env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
     ray.init(
         address=address,
@@ -31,6 +31,11 @@ def connect(recipe: Recipe) -> None:
         runtime_env={"env_vars": env},
         **local,
     )
+
+
+def is_local() -> bool:
+    """Tell whether `connect` starts a Ray of its own on this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
 
 
 def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") -> None:

@@ -41,6 +41,9 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
 
     # How often the controller looks at the workers: a stage may be over in seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if session.is_local():
+        # No node of a local Ray is ever preempted, and the watcher is one more process to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"recipe": recipe, "kind": kind, "directory": os.getcwd()},
