@@ -185,8 +185,9 @@ class TrainingConfig(Section):
     backend: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage; only with backend=deepspeed."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of forward and backward; master weights and optimizer stay in float32."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of forward and backward; master weights and optimizer stay in float32. `auto` takes bfloat16
+    on devices that have instructions for it."""
 
     @model_validator(mode="after")
     def _zero_needs_deepspeed(self) -> Self:
@@ -268,6 +269,13 @@ class RewardConfig(StageConfig):
     """More overfits (InstructGPT appendix C.2)."""
 
 
+class RoleTrainingConfig(TrainingConfig):
+    """Training of PPO's actor or critic."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """The same in all processes that hold the model: no `auto`."""
+
+
 class PPOConfig(Section):
     """PPO with five roles; the defaults are those of InstructGPT appendix C.4 where it has one."""
 
@@ -287,9 +295,9 @@ class PPOConfig(Section):
     """Passes over each step's responses (InstructGPT: 1)."""
     num_minibatches: Positive = 8
     """Optimizer steps per pass (InstructGPT: 8)."""
-    actor: TrainingConfig = TrainingConfig()
+    actor: RoleTrainingConfig = RoleTrainingConfig()
     """Optimizer and backend of the policy."""
-    critic: TrainingConfig = TrainingConfig()
+    critic: RoleTrainingConfig = RoleTrainingConfig()
     """Optimizer and backend of the value function."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps that update the critic only."""

@@ -85,6 +85,10 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         ({"corpus": None}, ["no corpus section"]),
         ({"pretrain": None}, ["no model to start from"]),
         ({"resources": {"actor": {"num_workers": 3}}}, ["resources.actor.num_workers=3"]),
+        (
+            {"ppo": {"prompts": "x", "actor": {"precision": "auto"}}},
+            ["ppo.actor.precision='auto'", "float32"],
+        ),
         ({"name": "a/b"}, ["name='a/b'"]),
     ],
 )

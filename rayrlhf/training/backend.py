@@ -69,6 +69,14 @@ def make_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
     )
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether `device` has instructions for bfloat16 products: without, it is the slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 class Backend(ABC):
     """A module in training on this rank; see the head of this file."""
 
@@ -83,7 +91,10 @@ class Backend(ABC):
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.num_steps = 0
         self.num_skipped = 0
-        self._autocast = cfg.precision == "bfloat16"
+        self._bfloat16 = cfg.precision == "bfloat16" or (
+            cfg.precision == "auto" and has_bfloat16(device)
+        )
+        self._autocast = self._bfloat16
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -278,7 +289,7 @@ class DeepSpeedBackend(Backend):
         self.stage = cfg.zero_stage
         self._autocast = self._autocast and self.stage == 0
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        bf16 = cfg.precision == "bfloat16" and self.stage > 0
+        bf16 = self._bfloat16 and self.stage > 0
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=make_optimizer(self.module, cfg),
@@ -290,8 +301,9 @@ class DeepSpeedBackend(Backend):
     def _layout(self) -> str:
         if self.stage == 0:
             return "backend=deepspeed zero_stage=0"
+        precision = "bfloat16" if self._bfloat16 else "float32"
         return (
-            f"backend=deepspeed zero_stage={self.stage} precision={self.cfg.precision} "
+            f"backend=deepspeed zero_stage={self.stage} precision={precision} "
             f"num_workers={self.world_size}"
         )
 

@@ -13,15 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rayrlhf import lineage
 from rayrlhf.algorithms.ranking import ranking_loss
 from rayrlhf.config import Recipe, RecipeError, RewardConfig
-from rayrlhf.data import builtin
 from rayrlhf.data.datasets import (
     Comparison,
     Example,
     encode_comparisons,
-    encode_demonstrations,
     lay_out,
     number_documents,
     pad,
@@ -29,8 +26,6 @@ from rayrlhf.data.datasets import (
     shard,
 )
 from rayrlhf.data.packing import microbatches, pack_whole, within_budget
-from rayrlhf.data.tokenizer import check_vocabulary
-from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.loop import train_stage
@@ -64,18 +59,11 @@ class RewardStage(Stage):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.start = builtin.resolve(lineage.start_model(recipe, "reward"))
-        check_vocabulary(self.tokenizer, load_config(self.start).vocab_size)
+        self.start = self.start_folder()
         self.train = self._read(self.cfg.train)
         self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
         path = self.cfg.demonstrations or (recipe.sft.train if recipe.sft else None)
-        self.demonstrations: list[Example] = (
-            []
-            if path is None
-            else encode_demonstrations(
-                read_records(path, "demonstration"), self.tokenizer, recipe.model.max_length
-            )
-        )
+        self.demonstrations = self.read_demonstrations(path) if path else []
 
     def _read(self, path: str) -> list[Comparison]:
         found = encode_comparisons(

@@ -7,21 +7,15 @@ chose the checkpoint by the reward model's score; here the last one is taken.
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayrlhf import lineage
 from rayrlhf.config import Recipe, SFTConfig
-from rayrlhf.data import builtin
 from rayrlhf.data.datasets import (
     Example,
-    encode_demonstrations,
     lay_out,
     number_documents,
-    read_records,
     shard,
 )
 from rayrlhf.data.packing import pack_whole
-from rayrlhf.data.tokenizer import check_vocabulary
 from rayrlhf.models.causal_lm import CausalLMModel
-from rayrlhf.models.folder import load_config
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.language_model import LanguageModelStage, TextBatch
 from rayrlhf.training.loop import train_stage
@@ -42,15 +36,10 @@ class SFTStage(LanguageModelStage):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.start = builtin.resolve(lineage.start_model(recipe, "sft"))
-        check_vocabulary(self.tokenizer, load_config(self.start).vocab_size)
-        self.train = self._read(self.cfg.train)
-        self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
-
-    def _read(self, path: str) -> list[Example]:
-        return encode_demonstrations(
-            read_records(path, "demonstration"), self.tokenizer, self.recipe.model.max_length
-        )
+        self.start = self.start_folder()
+        self.train = self.read_demonstrations(self.cfg.train)
+        held_out = self.cfg.validation
+        self.validation = self.read_demonstrations(held_out) if held_out else []
 
     @property
     def cfg(self) -> SFTConfig:

@@ -10,8 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from rayrlhf import lineage
 from rayrlhf.config import Recipe, StageConfig
-from rayrlhf.data.tokenizer import load_tokenizer
+from rayrlhf.data import builtin
+from rayrlhf.data.datasets import Example, encode_demonstrations, read_records
+from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
+from rayrlhf.models.folder import load_config
 from rayrlhf.training.backend import Backend
 
 
@@ -95,6 +99,21 @@ class Stage(ABC):
     @abstractmethod
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return `eval/...` metrics on held-out data; {} without any. Every rank calls it."""
+
+    def start_folder(self) -> str:
+        """Return the folder of the model that the stage before left, or that the recipe names.
+
+        Raises RecipeError unless the tokenizer fits it.
+        """
+        folder = builtin.resolve(lineage.start_model(self.recipe, self.name))
+        check_vocabulary(self.tokenizer, load_config(folder).vocab_size)
+        return folder
+
+    def read_demonstrations(self, path: str) -> list[Example]:
+        """Return the demonstrations of a file as token ids; raises RecipeError."""
+        return encode_demonstrations(
+            read_records(path, "demonstration"), self.tokenizer, self.recipe.model.max_length
+        )
 
     def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
         """Return generated texts to show after `step`; every rank calls it."""

@@ -15,6 +15,7 @@ from rayrlhf.training.backend import (
     Backend,
     DDPBackend,
     clip_gradients,
+    has_bfloat16,
     learning_rate,
     make_backend,
     make_optimizer,
@@ -218,6 +219,20 @@ def test_state_resumes_exactly(tmp_path: Path, precision: Any) -> None:
         assert whole.step() == again.step()
     for (_, a), (_, b) in zip(whole.full_weights(), again.full_weights(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_takes_bfloat16_where_the_device_has_it(
+    monkeypatch: pytest.MonkeyPatch, has_it: bool
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_it, "avx2": True}
+    )
+    assert has_bfloat16(CPU) is has_it
+    module = nn.Linear(4, 3)
+    backend = make_backend(module, TrainingConfig(precision="auto"), total_steps=1, device=CPU)
+    assert backend(torch.ones(2, 4)).dtype == (torch.bfloat16 if has_it else torch.float32)
+    assert next(module.parameters()).dtype == torch.float32
 
 
 def test_state_of_another_backend_is_refused(tmp_path: Path) -> None:
