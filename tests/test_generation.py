@@ -44,6 +44,8 @@ reversed_ = engine.generate(prompts[::-1], temperature=1.0, max_tokens=8, seeds=
 out["order"] = [c.token_ids for c in reversed_[::-1]] == [c.token_ids for c in first]
 out["distinct"] = len({tuple(c.token_ids) for c in engine.generate(
     [[40]] * 24, temperature=1.0, **sampled)})
+spread = engine.generate([[40]] * 400, max_tokens=1, temperature=1.0, seeds=list(range(400)))
+out["first_tokens"] = len({c.token_ids[0] for c in spread})
 out["gap_1.0"] = gap(folder, first, 1.0)
 out["gap_0.6"] = gap(folder, engine.generate(prompts, temperature=0.6, **sampled), 0.6)
 out["version_0"] = first[0].weight_version
@@ -97,6 +99,9 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     first, changed = (
         engine_model(tmp_path_factory.mktemp("engine"), tiny_model, seed=seed) for seed in (0, 5)
     )
+    # What a model's folder says of sampling must not reach PPO: it changes the distribution.
+    cut = {"do_sample": True, "top_k": 2, "top_p": 0.3, "min_p": 0.5, "repetition_penalty": 2.0}
+    (first / "generation_config.json").write_text(json.dumps(cut), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(first), str(changed)],
         cwd=Path(__file__).parents[1],
@@ -115,6 +120,13 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_sampling_is_reproducible_whatever_stands_beside_it(found: dict[str, Any]) -> None:
     assert found["rerun"] and found["order"]
     assert found["distinct"] == 24  # one prompt, 24 seeds
+
+
+@pytest.mark.slow
+def test_nothing_cuts_the_distribution(found: dict[str, Any]) -> None:
+    """No top-k, top-p, min-p or repetition penalty, whatever generation_config.json asks for."""
+    assert found["first_tokens"] > 50
+    assert found["gap_1.0"] < 1e-4
 
 
 @pytest.mark.slow
