@@ -138,6 +138,29 @@ class ModelConfig(Section):
         return self
 
 
+Filter = Literal[
+    "gopher",
+    "gopher_word_count",
+    "gopher_word_length",
+    "gopher_symbols",
+    "gopher_bullets",
+    "gopher_ellipses",
+    "gopher_alphabetic",
+    "gopher_stop_words",
+    "gopher_repeated_lines",
+    "gopher_repeated_paragraphs",
+    "gopher_top_ngram",
+    "gopher_repeated_ngrams",
+    "c4",
+    "c4_sentences",
+    "c4_lorem_ipsum",
+    "c4_curly_bracket",
+]
+"""Rules of data/quality.py that drop documents; `gopher` and `c4` stand for all of theirs."""
+Edit = Literal["c4_lines", "scrub_email", "scrub_ip"]
+"""Rules of data/quality.py that change documents."""
+
+
 class SourceConfig(Section):
     """One source of the pretraining mixture."""
 
@@ -160,6 +183,14 @@ class CorpusConfig(Section):
     """T: tokens of one packed row."""
     min_chars: Annotated[int, Field(ge=0)] = 1
     """Documents shorter than this after cleaning are dropped and counted."""
+    edits: tuple[Edit, ...] = ()
+    """Changes of every text, before it is looked at: C4's lines, personal data."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes; documents in other languages are dropped. Empty: no identification."""
+    language_score: Fraction = 0.65
+    """Smallest confidence in the language (RefinedWeb, arXiv:2306.01116, section 3.1: 0.65)."""
+    filters: tuple[Filter, ...] = ()
+    """Rules that drop documents, counted by rule."""
     rows_per_shard: Positive = 8192
 
 

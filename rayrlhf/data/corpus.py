@@ -24,7 +24,8 @@ from ray.data.context import ShuffleStrategy
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
 from rayrlhf.data import documents
-from rayrlhf.data.documents import Piece, Rules, clean, text_hash
+from rayrlhf.data.cleaning import TOO_SHORT, Cleaning
+from rayrlhf.data.documents import NUM_EXAMPLES, Piece, Rules, text_hash
 from rayrlhf.data.records import files_of, iter_records
 from rayrlhf.data.tokenizer import load_tokenizer, save_tokenizer, source_of, train_tokenizer
 
@@ -59,9 +60,10 @@ def build_corpus(recipe: Recipe) -> Path:
     config = recipe.corpus
     if config is None:
         raise RecipeError("the recipe has no corpus section: add corpus.sources")
+    cleaning = Cleaning.of(config)
     inputs = check_inputs(config)
     if source_of(recipe) is None:
-        trained = train_tokenizer(_tokenizer_texts(inputs), recipe.tokenizer.vocab_size)
+        trained = train_tokenizer(_tokenizer_texts(inputs, cleaning), recipe.tokenizer.vocab_size)
         save_tokenizer(trained, recipe.path / "tokenizer", origin="corpus")
     tokenizer = load_tokenizer(recipe)
     recipe.path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def build_corpus(recipe: Recipe) -> Path:
             seed=recipe.seed,
             row_length=config.row_length,
             rows_per_shard=config.rows_per_shard,
-            min_chars=config.min_chars,
+            cleaning=cleaning,
             num_buckets=math.ceil(inputs.train_bytes / BYTES_PER_BUCKET),
             epochs={name: source.epochs for name, source in config.sources.items()},
             tokenizer=str((recipe.path / "tokenizer").resolve()),
@@ -93,7 +95,7 @@ def build_corpus(recipe: Recipe) -> Path:
 
 def check_inputs(config: CorpusConfig) -> Inputs:
     """Read every document of every file once; raises RecipeError with file and line."""
-    inputs = Inputs()
+    inputs, cleaning = Inputs(), Cleaning.of(config)
     for name, source in config.sources.items():
         for split, path in (
             ("train", source.path),
@@ -109,7 +111,7 @@ def check_inputs(config: CorpusConfig) -> Inputs:
                     if split == "train":
                         inputs.train_chars += len(record["text"])
                     else:
-                        inputs.held_out.add(text_hash(clean(record["text"])))
+                        inputs.held_out.add(text_hash(cleaning.apply(record["text"])))
                 if split == "train":
                     inputs.train_bytes += file.stat().st_size
     return inputs
@@ -158,16 +160,17 @@ def _run(rules: Rules, pieces: list[Piece], held_out: set[bytes]) -> list[dict[s
     return sorted(accounts, key=lambda account: str(account["group"]))
 
 
-def _tokenizer_texts(inputs: Inputs) -> Iterator[str]:
+def _tokenizer_texts(inputs: Inputs, cleaning: Cleaning) -> Iterator[str]:
     """Yield each training text once, or a sample of them by hash when there is too much."""
     share = min(1.0, CHARS_FOR_TOKENIZER / max(1, inputs.train_chars))
     seen = set(inputs.held_out)
     for (_, split), files in inputs.files.items():
         for file in files if split == "train" else []:
             for record in iter_records(file, "document"):
-                text = clean(record["text"])
+                text = cleaning.apply(record["text"])
                 digest = text_hash(text)
-                if digest not in seen and int.from_bytes(digest[8:], "big") < share * 2**64:
+                sampled = int.from_bytes(digest[8:], "big") < share * 2**64
+                if sampled and digest not in seen and cleaning.reason(text) is None:
                     seen.add(digest)
                     yield text
 
@@ -209,13 +212,18 @@ def _manifest(rules: Rules, inputs: Inputs, accounts: list[dict[str, Any]]) -> d
 
 
 def _add(total: dict[str, Any] | None, counts: dict[str, Any]) -> dict[str, Any]:
-    """Add nested counts."""
+    """Add nested counts, and keep the first examples."""
     if total is None:
         return counts
-    return {
-        key: _add(total[key], value) if isinstance(value, dict) else total[key] + value
-        for key, value in counts.items()
-    }
+    added = dict(total)
+    for key, value in counts.items():
+        if isinstance(value, dict):
+            added[key] = _add(total.get(key), value)
+        elif isinstance(value, list):
+            added[key] = [*total.get(key, []), *value][:NUM_EXAMPLES]
+        else:
+            added[key] = total[key] + value
+    return added
 
 
 def _check_rows(manifest: dict[str, Any], config: CorpusConfig) -> None:
@@ -250,27 +258,34 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _report(manifest: dict[str, Any]) -> None:
-    rows = []
-    for split, total in manifest["splits"].items():
-        for source, counts in total["sources"].items():
-            rows.append(
-                (
-                    split.partition("-")[0],
-                    source,
-                    counts["read"],
-                    *counts["dropped"].values(),
-                    counts["in_mixture"],
-                    counts["tokens"],
-                )
-            )
+    found = [
+        (split.partition("-")[0], source, counts)
+        for split, total in manifest["splits"].items()
+        for source, counts in total["sources"].items()
+    ]
+    # Those that every corpus has, and of the others those that dropped something.
+    always = (TOO_SHORT, documents.HELD_OUT, documents.DUPLICATE)
+    reasons = [
+        reason
+        for reason in found[0][2]["dropped"]
+        if reason in always or any(counts["dropped"][reason] for _, _, counts in found)
+    ]
+    rows = [
+        (
+            split,
+            source,
+            counts["read"],
+            *(counts["dropped"][reason] for reason in reasons),
+            counts["in_mixture"],
+            counts["tokens"],
+        )
+        for split, source, counts in found
+    ]
     header = (
         "split",
         "source",
         "documents",
-        *(
-            "- " + rule.replace("_", " ")
-            for rule in (documents.TOO_SHORT, documents.HELD_OUT, documents.DUPLICATE)
-        ),
+        *("- " + reason.replace("_", " ") for reason in reasons),
         "in mixture",
         "tokens",
     )

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from tokenizers import Tokenizer
 
+from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.packing import pack
 from rayrlhf.data.records import parse_line
 
-KEPT, TOO_SHORT, HELD_OUT, DUPLICATE = "kept", "too_short", "held_out", "duplicate"
+KEPT, HELD_OUT, DUPLICATE = "kept", "held_out", "duplicate"
+NUM_EXAMPLES = 3
+"""Dropped documents per source and reason that the manifest quotes."""
 # What a map task hands to the groups: one row per document, dropped ones without tokens.
 COLUMNS = pa.schema(
     [
@@ -37,6 +40,7 @@ COLUMNS = pa.schema(
         ("hash", pa.binary(16)),
         ("fate", pa.string()),
         ("tokens", pa.list_(pa.int32())),
+        ("excerpt", pa.string()),
     ]
 )
 _DOCUMENTS_PER_BATCH = 2048
@@ -63,7 +67,7 @@ class Rules:
     seed: int
     row_length: int
     rows_per_shard: int
-    min_chars: int
+    cleaning: Cleaning
     num_buckets: int
     """Groups that the training documents are divided into, by their hash."""
     epochs: Mapping[str, float]
@@ -74,13 +78,10 @@ class Rules:
     folder: str
     """Where the shards are written."""
 
-
-def clean(text: str) -> str:
-    """Return `text` in Unicode NFC, with plain line ends, no control characters, trimmed."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isprintable():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    return text.strip()
+    @property
+    def reasons(self) -> list[str]:
+        """Why a document may be dropped."""
+        return [*self.cleaning.reasons, HELD_OUT, DUPLICATE]
 
 
 def text_hash(text: str) -> bytes:
@@ -117,7 +118,7 @@ def tokenize_pieces(
         piece = Piece(**json.loads(text))
         rows: list[tuple[str, bytes]] = []
         for document in read_piece(piece):
-            cleaned = clean(document)
+            cleaned = rules.cleaning.apply(document)
             rows.append((cleaned, text_hash(cleaned)))
             if len(rows) == _DOCUMENTS_PER_BATCH:
                 yield _table(piece, rows, rules, held_out)
@@ -153,10 +154,10 @@ def pack_group(group: pa.Table, *, rules: Rules) -> dict[str, list[str]]:
         account["sources"][source] = {
             "read": sum(count for (s, _), count in fates.items() if s == source),
             "dropped": {
-                TOO_SHORT: fates[source, TOO_SHORT],
-                HELD_OUT: fates[source, HELD_OUT],
-                DUPLICATE: duplicates[source],
+                reason: duplicates[source] if reason == DUPLICATE else fates[source, reason]
+                for reason in rules.reasons
             },
+            "examples": _examples(group, source),
             "kept": fates[source, KEPT] - duplicates[source],
             "in_mixture": len(mine),
             "tokens": sum(len(text) for _, text in mine),
@@ -172,14 +173,11 @@ def bucket_of(digest: bytes, num_buckets: int) -> int:
 def _table(
     piece: Piece, rows: list[tuple[str, bytes]], rules: Rules, held_out: frozenset[bytes]
 ) -> pa.Table:
-    fates = []
-    for text, digest in rows:
-        if len(text) < rules.min_chars:
-            fates.append(TOO_SHORT)
-        elif piece.split == "train" and digest in held_out:
-            fates.append(HELD_OUT)
-        else:
-            fates.append(KEPT)
+    fates = [
+        rules.cleaning.reason(text)
+        or (HELD_OUT if piece.split == "train" and digest in held_out else KEPT)
+        for text, digest in rows
+    ]
     texts = [text if fate == KEPT else "" for (text, _), fate in zip(rows, fates, strict=True)]
     encoded = _tokenizer(rules.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     groups = [
@@ -194,6 +192,7 @@ def _table(
         [digest for _, digest in rows],
         fates,
         [item.ids for item in encoded],
+        [None if fate == KEPT else text[:200] for (text, _), fate in zip(rows, fates, strict=True)],
     ]
     return pa.table(
         [pa.array(column, type=field.type) for column, field in zip(columns, COLUMNS, strict=True)],
@@ -237,6 +236,17 @@ def _unique(group: pa.Table) -> tuple[list[tuple[str, bytes, int]], Counter[str]
         else:
             unique.append((source, digest, row))
     return unique, duplicates
+
+
+def _examples(group: pa.Table, source: str) -> dict[str, list[str]]:
+    """Return how some dropped documents begin, per reason: those with the smallest hashes."""
+    dropped = group.filter((pc.field("source") == source) & (pc.field("fate") != KEPT))
+    found: dict[str, list[str]] = {}
+    for row in dropped.select(["hash", "fate", "excerpt"]).sort_by("hash").to_pylist():
+        quotes = found.setdefault(row["fate"], [])
+        if len(quotes) < NUM_EXAMPLES and row["excerpt"] and row["excerpt"] not in quotes:
+            quotes.append(row["excerpt"])
+    return {reason: quotes for reason, quotes in sorted(found.items()) if quotes}
 
 
 def _mixture(

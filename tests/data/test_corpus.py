@@ -132,6 +132,57 @@ def test_the_whole_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ray.shutdown()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_documents_that_rules_drop_are_counted_and_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    german = "Der Film ist am Anfang langsam, aber das Ende lohnt sich f\u00fcr alle Zuschauer."
+    write(
+        tmp_path / "pages.jsonl",
+        [f"{sentence(n)} Please write to me{n}@example.org today." for n in range(40)]
+        + [
+            german,
+            "Nobody in the audience could say why the actor said lorem ipsum in this film.",
+            "Too short.",
+        ],
+    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        recipe = parse(
+            {
+                "name": "toy",
+                "run_dir": str(tmp_path / "run"),
+                "tokenizer": {"vocab_size": 300},
+                "corpus": {
+                    "row_length": 16,
+                    "min_chars": 20,
+                    "languages": ["en"],
+                    "edits": ["scrub_email"],
+                    "filters": ["c4_lorem_ipsum", "c4_curly_bracket"],
+                    "sources": {"pages": {"path": str(tmp_path / "pages.jsonl")}},
+                },
+            }
+        )
+        folder = corpus.build_corpus(recipe)
+    finally:
+        ray.shutdown()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    pages = manifest["splits"]["train"]["sources"]["pages"]
+    dropped = {reason: count for reason, count in pages["dropped"].items() if count}
+    assert dropped == {"too_short": 1, "language": 1, "c4_lorem_ipsum": 1}
+    assert pages["read"] == 43 == pages["kept"] + sum(dropped.values())
+    assert pages["examples"]["language"] == [german]
+    text = load_tokenizer(recipe).decode(
+        PackedRows(folder, "train")[range(len(PackedRows(folder, "train")))].reshape(-1).tolist()
+    )
+    assert "write to <email> today." in text
+    assert not {"me3@example.org", "lorem", "Anfang"} & set(text.split())
+    table = capsys.readouterr().out
+    assert "- c4 lorem ipsum" in table
+    assert "- c4 curly bracket" not in table  # dropped nothing
+
+
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.arrow"))}
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.data.cleaning import Cleaning, clean
 from rayrlhf.data.documents import (
     COLUMNS,
     Piece,
     Rules,
     bucket_of,
-    clean,
     pack_group,
     read_piece,
     text_hash,
@@ -28,7 +28,7 @@ def rules(folder: Path, **changes: Any) -> Rules:
             "seed": 0,
             "row_length": 2,
             "rows_per_shard": 100,
-            "min_chars": 1,
+            "cleaning": Cleaning(min_chars=1),
             "num_buckets": 1,
             "epochs": {},
             "tokenizer": "",
@@ -42,7 +42,14 @@ def rules(folder: Path, **changes: Any) -> Rules:
 def group(*documents: tuple[str, str, str], name: str = "train/00000") -> pa.Table:
     """Build a group of (source, text, fate); the token ids are the text's code points."""
     rows = [
-        (name, source, text_hash(text), fate, [ord(c) for c in text] if fate == "kept" else [])
+        (
+            name,
+            source,
+            text_hash(text),
+            fate,
+            [ord(c) for c in text] if fate == "kept" else [],
+            None if fate == "kept" else text,
+        )
         for source, text, fate in documents
     ]
     return pa.Table.from_pylist(
@@ -112,6 +119,7 @@ def test_duplicates_stay_once_in_the_first_source(tmp_path: Path) -> None:
     assert a == {
         "read": 2,
         "dropped": {"too_short": 0, "held_out": 1, "duplicate": 0},
+        "examples": {"held_out": ["q"]},
         "kept": 1,
         "in_mixture": 1,
         "tokens": 2,
@@ -119,6 +127,7 @@ def test_duplicates_stay_once_in_the_first_source(tmp_path: Path) -> None:
     assert b == {
         "read": 4,
         "dropped": {"too_short": 1, "held_out": 0, "duplicate": 2},
+        "examples": {},
         "kept": 1,
         "in_mixture": 1,
         "tokens": 1,
