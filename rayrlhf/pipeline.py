@@ -1,6 +1,5 @@
 """All stages of a recipe in their order; a stage that is complete and unchanged is skipped."""
 
-import glob
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ import yaml
 
 from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, Recipe, RecipeError
-from rayrlhf.data import builtin
+from rayrlhf.data import builtin, inputs
 from rayrlhf.data.files import data_files
 
 SHOWN = {
@@ -88,18 +87,22 @@ def is_current(recipe: Recipe, stage: str) -> bool:
 
 def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     """Return the hashes of what `stage` reads: its data files and local start model, and more."""
+    data = {
+        f"{stage}.{named.key}": inputs.fingerprint(named.path)
+        for named in data_files(recipe)
+        if named.stage == stage
+    }
+    if stage == "corpus" and recipe.corpus is not None:
+        for path in recipe.corpus.decontaminate:
+            data[f"corpus.decontaminate.{path}"] = inputs.fingerprint(path)
     files: dict[str, Path] = {}
-    for named in data_files(recipe):
-        if named.stage == stage:
-            found = sorted(glob.glob(builtin.resolve(named.path)))
-            files |= {f"{stage}.{named.key}.{i}": Path(path) for i, path in enumerate(found)}
     if stage in (*TRAINED_STAGES, "ppo"):
         section = getattr(recipe, stage)
         start = getattr(section, "init", None) or recipe.model.path
         # The weights behind a hub's name are the hub's to keep: the recipe's hash covers the name.
         if start is not None and (folder := Path(builtin.resolve(start))).exists():
             files[f"{stage}.init.0"] = folder
-    return lineage.inputs(recipe, stage, files)
+    return lineage.inputs(recipe, stage, files) | data
 
 
 def _interval(recipe: Recipe, stage: str) -> int:

@@ -9,6 +9,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -28,6 +29,9 @@ from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.data import human_ratings
 
 PREFIX = "builtin:"
+BYTES_CHECKED = 64 * 2**20
+"""Of larger data only the first RECORDS_CHECKED records are read before a stage starts."""
+RECORDS_CHECKED = 1000
 RATINGS = "human-ratings"
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -96,11 +100,18 @@ def prepare(recipe: Recipe) -> None:
     Prints what the built-in set holds, and a line for each data file of one's own. Raises
     RecipeError with file and line of the first bad record.
     """
-    # records.py resolves its paths with this module, so it can only be imported from here.
-    from rayrlhf.data import records
+    # inputs.py resolves its paths with this module, so it can only be imported from here.
+    from rayrlhf.data import inputs, records
     from rayrlhf.data.files import data_files
 
-    files = list(dict.fromkeys((file.path, file.kind) for file in data_files(recipe)))
+    skipping = recipe.corpus is not None and recipe.corpus.on_error == "skip"
+    files = list(
+        dict.fromkeys(
+            (file.path, file.kind)
+            for file in data_files(recipe)
+            if not (skipping and file.stage == "corpus")
+        )
+    )
     if any(path.startswith(f"{PREFIX}{RATINGS}/") for path, _ in files):
         console.say(_counts_table())
     for path in dict.fromkeys((recipe.model.path, recipe.tokenizer.path)):
@@ -108,10 +119,13 @@ def prepare(recipe: Recipe) -> None:
             console.say(f"data: {path} is at {resolve(path)}")
     total = 0
     for path, kind in files:
-        count = sum(1 for _ in records.iter_records(path, kind))
+        large = sum(file.size for file in inputs.find(path)) > BYTES_CHECKED
+        found = records.iter_records(path, kind)
+        count = sum(1 for _ in (itertools.islice(found, RECORDS_CHECKED) if large else found))
         total += count
         if not path.startswith(PREFIX):
-            console.say(f"data: {path}: {count} {kind} records")
+            first = "the first " if large else ""
+            console.say(f"data: {path}: {first}{count} {kind} records")
     console.say(f"data: all {total} records of {len(files)} data files are valid")
 
 

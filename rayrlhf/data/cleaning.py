@@ -1,5 +1,6 @@
 """What happens to a document before it is tokenized: normal form, edits, language, filters."""
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ from rayrlhf.config import CorpusConfig
 from rayrlhf.data.quality import EDITS, FILTERS, Document
 
 TOO_SHORT, LANGUAGE = "too_short", "language"
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # Unicode's class Cc less tab and newline
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,7 @@ class Cleaning:
 def clean(text: str) -> str:
     """Return `text` in Unicode NFC, with plain line ends, no control characters, trimmed."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isprintable():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    return text.strip()
+    return _CONTROL.sub("", text).strip()
 
 
 def identify(text: str) -> tuple[str, float]:

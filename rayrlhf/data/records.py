@@ -1,22 +1,18 @@
-"""Records of JSONL and Parquet files: read, checked one by one, errors with file and line.
+"""Records of data files: read, checked one by one, errors with file and line.
 
 Kinds: `document` (text), `demonstration` (prompt + response, or messages), `comparison` (prompt,
 responses, ranks; or chosen / rejected) and `prompt` (prompt, or messages). Extra columns are kept.
 """
 
-import glob
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from rayrlhf.config import RecipeError
-from rayrlhf.data import builtin
+from rayrlhf.data import inputs
+from rayrlhf.data.inputs import Record
 
-Record = dict[str, Any]
+__all__ = ["Kind", "Record", "check", "iter_records", "read_records"]
 Kind = Literal["document", "demonstration", "comparison", "prompt"]
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
 _ROLES = ("system", "user", "assistant")
@@ -25,125 +21,35 @@ _ROLES = ("system", "user", "assistant")
 def read_records(path: str | Path, kind: Kind) -> list[Record]:
     """Return every record of `path`, checked and in one form.
 
-    `path` is a `builtin:` name, a file, a folder or a glob. A `chosen` / `rejected` pair comes
-    back as `responses` and `ranks`. Raises RecipeError with file and line of the first bad record.
+    `path` is a `builtin:` name, or a file, a folder or a glob, local or a URI (inputs.py). A
+    `chosen` / `rejected` pair comes back as `responses` and `ranks`. Raises RecipeError with file
+    and line of the first bad record.
     """
     return list(iter_records(path, kind))
 
 
 def iter_records(path: str | Path, kind: Kind) -> Iterator[Record]:
     """Yield what `read_records` returns, holding one line (or one row group) at a time."""
-    for file in files_of(path):
+    for file in inputs.find(path):
         empty = True
-        for where, record in _raw_records(file):
+        for where, record in inputs.read(file):
             empty = False
-            yield _CHECKS[kind](where, record)
+            yield check(where, record, kind)
         if empty:
-            raise RecipeError(
-                f"{file}: empty file, but at least one {kind} record is needed: "
-                "write records to it or take it out of the recipe"
-            )
+            raise empty_file(file, kind)
 
 
-def files_of(path: str | Path) -> list[Path]:
-    """Return the files that `path` names, sorted; raises RecipeError when there is none."""
-    name = builtin.resolve(str(path))
-    file = Path(name)
-    if file.is_file():
-        return [file]
-    if file.is_dir():
-        found = [f for f in sorted(file.iterdir()) if f.suffix in (".jsonl", ".parquet")]
-        if not found:
-            raise RecipeError(
-                f"{path}: no .jsonl or .parquet file in this folder: "
-                "name the folder or the file that holds the records"
-            )
-        return found
-    found = [Path(f) for f in sorted(glob.glob(name, recursive=True)) if Path(f).is_file()]
-    if not found:
-        raise RecipeError(
-            f"{path}: no such file: correct the path in the recipe "
-            f"(relative paths start at {Path.cwd()})"
-        )
-    return found
+def check(where: str, record: Record, kind: Kind) -> Record:
+    """Return the record in its one form; raises RecipeError that begins with `where`."""
+    return _CHECKS[kind](where, record)
 
 
-def parse_line(line: bytes, where: str) -> Record:
-    """Return the object of one JSONL line; `where` (file:line) opens the message of an error."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{where}: invalid UTF-8 at byte {error.start + 1} of the line "
-            f"(0x{line[error.start]:02x}): save the file as UTF-8, for example with "
-            "iconv -f latin1 -t utf-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"{where}: broken JSON at column {error.colno} ({error.msg}): every line "
-            "must be one complete JSON object"
-        ) from None
-    if b"\\ud" in line.lower():
-        _no_half_characters(where, record)
-    if not isinstance(record, dict):
-        raise RecipeError(
-            f"{where}: {type(record).__name__} instead of a JSON object: every line "
-            'must be one record such as {"text": "..."}'
-        )
-    return record
-
-
-def _no_half_characters(where: str, record: Any) -> None:
-    """Refuse an escape such as \\ud83d without its second half, which no tokenizer can take."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise RecipeError(
-            f"{where}: {half} is half of a character (a surrogate without its "
-            "partner): write the whole character or remove it"
-        ) from None
-
-
-def _raw_records(file: Path) -> Iterator[tuple[str, Record]]:
-    """Yield (file:line, record) without looking at fields."""
-    if file.suffix == ".parquet":
-        yield from _parquet_records(file)
-        return
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                where = f"{file}:{number}"
-                yield where, parse_line(line, where)
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RecipeError(
-            f"{file}: not a Parquet file ({error}): write it again, or give the "
-            "file the ending .jsonl if it holds JSON lines"
-        ) from None
-    row = 0
-    with table:
-        for batch in table.iter_batches(batch_size=1024):
-            for record in _rows_of(batch, f"{file}:{row + 1}"):
-                row += 1
-                # Parquet fills absent fields with null, which JSON lines simply leave out.
-                yield f"{file}:{row}", {k: v for k, v in record.items() if v is not None}
-
-
-def _rows_of(batch: pa.RecordBatch, where: str) -> list[Record]:
-    try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        raise RecipeError(
-            f"{where}: invalid UTF-8 in this row or one of the next "
-            f"{batch.num_rows}: write the file with UTF-8 strings"
-        ) from None
+def empty_file(file: inputs.InputFile, kind: Kind) -> RecipeError:
+    """Return the error about a file without records."""
+    return RecipeError(
+        f"{file}: empty file, but at least one {kind} record is needed: "
+        "write records to it or take it out of the recipe"
+    )
 
 
 def _check_document(where: str, record: Record) -> Record:

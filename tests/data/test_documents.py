@@ -1,70 +1,64 @@
-"""What workers do to documents: every step by hand, and independent of how input is cut up."""
+"""The first step of the corpus job: what a piece writes, counts, and does not do twice."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from rayrlhf.data import documents, inputs
 from rayrlhf.data.cleaning import Cleaning, clean
-from rayrlhf.data.documents import (
-    COLUMNS,
-    Piece,
-    Rules,
-    bucket_of,
-    pack_group,
-    read_piece,
-    text_hash,
-)
+from rayrlhf.data.documents import Piece, TextRules, bucket_of, text_hash, tokenize_piece
+from rayrlhf.data.ngrams import Hashes, ngram_hashes
+from rayrlhf.data.tokenizer import save_tokenizer, train_tokenizer
+
+NOTHING = np.zeros(0, dtype=np.uint64)
 
 
-def rules(folder: Path, **changes: Any) -> Rules:
-    return Rules(
-        **{
-            "seed": 0,
-            "row_length": 2,
-            "rows_per_shard": 100,
-            "cleaning": Cleaning(min_chars=1),
-            "num_buckets": 1,
-            "epochs": {},
-            "tokenizer": "",
-            "eos_id": 0,
-            "folder": str(folder),
-            **changes,
-        }
-    )
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    save_tokenizer(train_tokenizer(iter(["the cat sat"]), 300), folder, origin="test")
+    return folder
 
 
-def group(*documents: tuple[str, str, str], name: str = "train/00000") -> pa.Table:
-    """Build a group of (source, text, fate); the token ids are the text's code points."""
-    rows = [
-        (
-            name,
-            source,
-            text_hash(text),
-            fate,
-            [ord(c) for c in text] if fate == "kept" else [],
-            None if fate == "kept" else text,
-        )
-        for source, text, fate in documents
-    ]
-    return pa.Table.from_pylist(
-        [dict(zip(COLUMNS.names, row, strict=True)) for row in rows], schema=COLUMNS
-    )
+def piece_of(folder: Path, content: bytes, *, split: str = "train", number: int = 0) -> Piece:
+    path = folder / f"{number}.jsonl"
+    path.write_bytes(content)
+    return Piece(number, "web", split, inputs.find(path)[0], 0, len(content))
 
 
-def account_of(table: pa.Table, rule: Rules) -> dict[str, Any]:
-    account: dict[str, Any] = json.loads(pack_group(table, rules=rule)["account"][0])
-    return account
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def tokens_of(folder: Path, account: dict[str, Any]) -> list[int]:
-    tables = [pa.ipc.open_file(str(folder / s["file"])).read_all() for s in account["shards"]]
-    return [token for table in tables for row in table["tokens"].to_pylist() for token in row]
+def run(
+    piece: Piece, tokenizer: Path, *, contaminated: Hashes = NOTHING, **changes: Any
+) -> dict[str, Any]:
+    rules = {
+        "work": str(Path(piece.file.path).parent / "work"),
+        "tokenizer": str(tokenizer),
+        "cleaning": Cleaning(min_chars=2),
+        "num_buckets": 2,
+        "bands": None,
+        "contaminated_ngram": 3 if contaminated.size else 0,
+        "skip_errors": False,
+    }
+    return tokenize_piece(piece, TextRules(**{**rules, **changes}), contaminated)  # type: ignore[arg-type]
+
+
+def written(folder: Path, account: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the texts by group: bytes of the byte-level tokenizer, decoded."""
+    found: dict[str, list[str]] = {}
+    for part in account["files"]:
+        file = pa.ipc.open_file(str(folder / "work/documents" / part["file"]))
+        for number, group in enumerate(part["groups"]):
+            found.setdefault(group, []).extend(
+                row.hex() for row in file.get_batch(number)["hash"].to_pylist()
+            )
+    return found
 
 
 @pytest.mark.parametrize(
@@ -73,7 +67,7 @@ def tokens_of(folder: Path, account: dict[str, Any]) -> list[int]:
         ("  a b \n", "a b"),
         ("a\r\nb\rc", "a\nb\nc"),
         ("e\u0301", "\u00e9"),
-        ("a\x00b\x1b[0m\tc", "ab[0m\tc"),
+        ("a\x00b\x1b[0m\tc\x85\x9f\x7f", "ab[0m\tc"),
         ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
     ],
 )
@@ -81,97 +75,86 @@ def test_clean(text: str, expected: str) -> None:
     assert clean(text) == expected
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(max_size=9), min_size=1, max_size=12), st.integers(1, 60))
-def test_every_line_is_in_exactly_one_piece(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], step: int
-) -> None:
-    path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    size = path.stat().st_size
-    ends = [*range(step, size, step), size]
-    pieces = [
-        Piece("s", "train", str(path), start, end)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
-    assert [text for piece in pieces for text in read_piece(piece)] == texts
-
-
-def test_parquet_pieces_are_row_groups(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": list("abcde"), "x": [1] * 5}), path, row_group_size=2)
-    assert list(read_piece(Piece("s", "train", str(path), 1, 3))) == ["c", "d", "e"]
-
-
-def test_duplicates_stay_once_in_the_first_source(tmp_path: Path) -> None:
-    account = account_of(
-        group(
-            ("b", "xy", "kept"),
-            ("a", "xy", "kept"),
-            ("b", "xy", "kept"),
-            ("b", "z", "kept"),
-            ("b", "", "too_short"),
-            ("a", "q", "held_out"),
-        ),
-        rules(tmp_path),
+def test_the_account_of_a_piece_by_hand(tmp_path: Path, tokenizer: Path) -> None:
+    account = run(piece_of(tmp_path, lines("the cat", "x", " the\r\n", "", "the cat")), tokenizer)
+    assert account["read"] == 5
+    assert account["dropped"] == {"too_short": 2}
+    assert account["examples"] == {"too_short": ["x"]}
+    assert account["bytes"] == 7 + 3 + 7
+    assert account["words"] == 2 + 1 + 2
+    assert account["num_errors"] == 0
+    groups = written(tmp_path, account)
+    assert sorted(hash for group in groups.values() for hash in group) == sorted(
+        text_hash(text).hex() for text in ("the cat", "the cat", "the")
     )
-    a, b = account["sources"]["a"], account["sources"]["b"]
-    assert a == {
-        "read": 2,
-        "dropped": {"too_short": 0, "held_out": 1, "duplicate": 0},
-        "examples": {"held_out": ["q"]},
-        "kept": 1,
-        "in_mixture": 1,
-        "tokens": 2,
-    }
-    assert b == {
-        "read": 4,
-        "dropped": {"too_short": 1, "held_out": 0, "duplicate": 2},
-        "examples": {},
-        "kept": 1,
-        "in_mixture": 1,
-        "tokens": 1,
-    }
-    # x y <eos> z <eos>: two rows of two, one token left over
-    assert (account["document_tokens"], account["delimiters"]) == (3, 2)
-    assert (account["rows"], account["tail_tokens_dropped"]) == (2, 1)
+    for group, hashes in groups.items():
+        assert {bucket_of(bytes.fromhex(h), 2) for h in hashes} == {int(group[-5:])}
 
 
-def test_epochs_are_whole_copies_and_a_sample(tmp_path: Path) -> None:
-    documents = [("a", chr(200 + i), "kept") for i in range(10)]
-    documents += [("b", chr(300 + i), "kept") for i in range(10)]
-    rule = rules(tmp_path, epochs={"a": 2.5, "b": 0.3}, row_length=1)
-    account = account_of(group(*documents), rule)
-    tokens = [token for token in tokens_of(tmp_path, account) if token]
-    copies = [tokens.count(200 + i) for i in range(10)]
-    assert sorted(copies) == [2] * 5 + [3] * 5
-    assert sum(tokens.count(300 + i) for i in range(10)) == 3
-    assert account["sources"]["a"]["in_mixture"] == 25
-    # Held-out documents occur once, whatever the epochs.
-    held = account_of(group(*documents[:10], name="test-a"), rule)
-    assert held["sources"]["a"]["in_mixture"] == 10
+def test_held_out_documents_have_a_group_of_their_own(tmp_path: Path, tokenizer: Path) -> None:
+    account = run(piece_of(tmp_path, lines("the cat"), split="test"), tokenizer)
+    assert list(written(tmp_path, account)) == ["test-web"]
 
 
-def test_the_shuffle_depends_on_the_seed_and_not_on_the_order_of_input(tmp_path: Path) -> None:
-    documents = [("a", chr(200 + i), "kept") for i in range(30)]
-    orders = []
-    for number, (seed, rows) in enumerate(((0, documents), (0, documents[::-1]), (1, documents))):
-        (folder := tmp_path / str(number)).mkdir()
-        rule = rules(folder, seed=seed, epochs={"a": 2})
-        orders.append(tokens_of(folder, account_of(group(*rows), rule)))
-    assert orders[0] == orders[1]
-    assert orders[0] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2])
+def test_a_finished_piece_is_not_read_again(tmp_path: Path, tokenizer: Path) -> None:
+    piece = piece_of(tmp_path, lines("the cat"))
+    account = run(piece, tokenizer)
+    Path(piece.file.path).unlink()
+    assert run(piece, tokenizer) == account
 
 
-def test_shards_have_at_most_the_rows_asked_for(tmp_path: Path) -> None:
-    documents = [("a", chr(200 + i), "kept") for i in range(10)]
-    account = account_of(group(*documents), rules(tmp_path, rows_per_shard=4))
-    assert [shard["rows"] for shard in account["shards"]] == [4, 4, 2]
-    assert len(tokens_of(tmp_path, account)) == 20
+def test_many_documents_are_written_in_parts(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_TOKENS_PER_PART", 50)
+    monkeypatch.setattr(documents, "_DOCUMENTS_PER_BATCH", 7)
+    account = run(piece_of(tmp_path, lines(*(f"the cat {n}" for n in range(60)))), tokenizer)
+    assert len(account["files"]) > 3
+    assert sum(map(len, written(tmp_path, account).values())) == 60
+
+
+def test_contaminated_documents_go(tmp_path: Path, tokenizer: Path) -> None:
+    evaluation = ngram_hashes(["what is the answer"], 3)[0]
+    piece = piece_of(tmp_path, lines("So what IS the -- secret?", "what is not the answer"))
+    account = run(piece, tokenizer, contaminated=evaluation)
+    assert account["dropped"] == {"too_short": 0, "contaminated": 1}
+    assert account["examples"] == {"contaminated": ["So what IS the -- secret?"]}
+    # Held-out texts are evaluation texts themselves.
+    held = piece_of(tmp_path, lines("what is the"), split="validation", number=1)
+    assert run(held, tokenizer, contaminated=evaluation)["dropped"]["contaminated"] == 0
+
+
+BROKEN = lines("the cat") + b'{"text"\n{"txt": "a"}\n' + lines("the sat")
+
+
+def test_errors_are_counted_and_the_rest_kept(tmp_path: Path, tokenizer: Path) -> None:
+    account = run(piece_of(tmp_path, BROKEN), tokenizer, skip_errors=True)
+    assert account["read"] == 2
+    assert [error.partition(": ")[2].split()[0] for error in account["errors"]] == ["broken", "the"]
+    assert account["num_errors"] == 2
+
+
+def test_the_first_error_ends_the_piece(tmp_path: Path, tokenizer: Path) -> None:
+    piece = piece_of(tmp_path, BROKEN)
+    account = run(piece, tokenizer)
+    assert account["errors"] == [
+        f"{piece.file}:2: broken JSON at column 8 (Expecting ':' delimiter): every line must be "
+        "one complete JSON object"
+    ]
+    assert not list((tmp_path / "work/documents").glob("*.json"))  # not finished
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path, tokenizer: Path) -> None:
+    account = run(piece_of(tmp_path, b""), tokenizer, skip_errors=True)
+    assert "empty file" in account["errors"][0]
 
 
 def test_equal_texts_meet_in_one_bucket() -> None:
     buckets = [bucket_of(text_hash(str(i)), 4) for i in range(400)]
     assert set(buckets) == {0, 1, 2, 3}
     assert bucket_of(text_hash("a"), 4) == bucket_of(text_hash("a"), 4)
+
+
+def test_a_piece_survives_its_trip_through_ray_data(tmp_path: Path) -> None:
+    piece = piece_of(tmp_path, lines("a"))
+    assert Piece.from_json(piece.to_json()) == piece

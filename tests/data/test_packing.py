@@ -4,7 +4,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.data.packing import microbatches, pack, pack_whole, within_budget
+from rayrlhf.data.packing import (
+    microbatches,
+    pack,
+    pack_best_fit,
+    pack_whole,
+    within_budget,
+)
 
 EOS = 0
 
@@ -31,6 +37,39 @@ def test_every_token_is_accounted_for_and_in_order(documents: list[list[int]], l
     assert sum(map(len, documents)) + len(documents) == rows.size + tail
     assert tail < length
     assert rows.reshape(-1).tolist() == stream[: rows.size]
+
+
+def test_best_fit_by_hand() -> None:
+    documents = [[1, 1, 1], [2] * 6, [3], [4, 4, 4, 4, 4]]
+    rows, filling = pack_best_fit(documents, row_length=5, eos_id=EOS)
+    # With their end: 4, 7 = 5 + 2, 2, 6 = 5 + 1 tokens; the last one's rest is its end alone.
+    assert rows.tolist() == [
+        [2, 2, 2, 2, 2],
+        [4, 4, 4, 4, 4],
+        [1, 1, 1, EOS, EOS],
+        [2, EOS, 3, EOS, EOS],
+    ]
+    assert filling == 1
+    assert rows.dtype == np.int32
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 50), max_size=12), max_size=30), st.integers(1, 9))
+def test_best_fit_keeps_documents_whole(documents: list[list[int]], length: int) -> None:
+    rows, filling = pack_best_fit(documents, row_length=length, eos_id=EOS)
+    assert sum(map(len, documents)) + len(documents) + filling == rows.size
+    text = [" ".join(map(str, row)) + " " for row in rows.tolist()]
+    for document in documents:
+        if len(document) < length:
+            wanted = "".join(f"{token} " for token in [*document, EOS])
+            assert any(wanted in row for row in text)
+
+
+def test_best_fit_wastes_little() -> None:
+    rng = np.random.default_rng(0)
+    documents = [[1] * int(n) for n in rng.lognormal(3.5, 1, 3000).clip(1, 2000)]
+    rows, filling = pack_best_fit(documents, row_length=256, eos_id=EOS)
+    assert filling / rows.size < 0.005
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,235 @@
+"""What became of every document and token of a corpus: the manifest, its checks and its table."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayrlhf import console
+from rayrlhf.config import CorpusConfig, RecipeError
+from rayrlhf.data.cleaning import TOO_SHORT
+from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules
+from rayrlhf.data.mixture import DUPLICATE, HELD_OUT, MixtureRules
+from rayrlhf.data.near_duplicates import REASONS
+
+NUM_SHOWN = 20
+"""Errors that are printed; the manifest has more."""
+_TOTALS = ("rows", "document_tokens", "delimiters", "padding", "tail_tokens_dropped", "shards")
+
+Account = Mapping[str, Any]
+
+
+def check_errors(read: Sequence[Account]) -> None:
+    """Raise RecipeError with what could not be read."""
+    if shown := _errors(read):
+        fix = "or set corpus.on_error=skip to go on without what can't be read"
+        raise RecipeError("\n".join([*shown, fix]))
+
+
+def report_errors(read: Sequence[Account]) -> None:
+    """Print what could not be read and is left out."""
+    if shown := _errors(read):
+        console.warn("corpus: left out, because it can't be read:")
+        for line in shown:
+            console.warn(f"  {line}")
+
+
+def manifest(
+    pieces: Sequence[Piece],
+    read: Sequence[Account],
+    packed: Sequence[Account],
+    text_rules: TextRules,
+    mixture: MixtureRules,
+    config: CorpusConfig,
+) -> dict[str, Any]:
+    """Add the accounts up per split and source; every document and token has one place.
+
+    Raises RecipeError when a split has less than a row.
+    """
+    splits = _splits(read, packed, text_rules)
+    for split, total in splits.items():
+        _check_split(split, total, mixture.row_length)
+        if not total["rows"]:
+            tokens = total["document_tokens"] + total["delimiters"]
+            raise RecipeError(
+                f"{split} has only {tokens} tokens, less than one row of "
+                f"corpus.row_length={mixture.row_length}: add documents or lower it"
+            )
+    if "train" not in splits:
+        raise RecipeError("no training document is left: look at what the rules drop, and why")
+    errors = [error for account in read for error in account["errors"]]
+    return {
+        "format": 2,
+        "seed": mixture.seed,
+        "row_length": mixture.row_length,
+        "packing": mixture.packing,
+        "eos_id": mixture.eos_id,
+        "epochs": dict(mixture.epochs),
+        "rules": config.model_dump(mode="json", exclude={"sources"}),
+        "splits": splits,
+        "tokenizer_sha256": sha256(Path(mixture.tokenizer) / "tokenizer.json"),
+        "inputs": _inputs(pieces, read),
+        "errors": errors,
+        "num_errors": sum(account["num_errors"] for account in read),
+    }
+
+
+def report(manifest: Mapping[str, Any]) -> None:
+    """Print a row per split and source: documents read, dropped by rule, mixed; tokens."""
+    found = [
+        (split.partition("-")[0], source, counts)
+        for split, total in manifest["splits"].items()
+        for source, counts in total["sources"].items()
+    ]
+    reasons = shown_reasons([counts for _, _, counts in found])
+    rows = [
+        (
+            split,
+            source,
+            counts["read"],
+            *(counts["dropped"][reason] for reason in reasons),
+            counts["in_mixture"],
+            counts["tokens"],
+            counts["bytes"] / max(1, counts["tokens_read"]),
+            counts["tokens_read"] / max(1, counts["words"]),
+        )
+        for split, source, counts in found
+    ]
+    header = (
+        "split",
+        "source",
+        "documents",
+        *("- " + reason.replace("_", " ") for reason in reasons),
+        "in mixture",
+        "tokens",
+        "bytes/token",
+        "tokens/word",
+    )
+    console.say(console.table(header, rows))
+    train = manifest["splits"]["train"]
+    filled = f" + {train['padding']} padding" if train["padding"] else ""
+    console.say(
+        f"corpus: {train['rows']} rows of {manifest['row_length']} tokens = "
+        f"{train['document_tokens']} document tokens + {train['delimiters']} delimiters{filled} "
+        f"- {train['tail_tokens_dropped']} in an unfinished row"
+    )
+
+
+def shown_reasons(counts: Sequence[Account]) -> list[str]:
+    """Return the rules of a table: those of every corpus, and others that dropped something."""
+    always = (TOO_SHORT, HELD_OUT, DUPLICATE)
+    return [
+        reason
+        for reason in counts[0]["dropped"]
+        if reason in always or any(entry["dropped"][reason] for entry in counts)
+    ]
+
+
+def sha256(file: Path) -> str:
+    """Return the hash of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _errors(read: Sequence[Account]) -> list[str]:
+    errors = [error for account in read for error in account["errors"]]
+    more = sum(account["num_errors"] for account in read) - len(errors[:NUM_SHOWN])
+    return [*errors[:NUM_SHOWN], *([f"... and {more} more"] if more else [])]
+
+
+def _splits(
+    read: Sequence[Account], packed: Sequence[Account], rules: TextRules
+) -> dict[str, dict[str, Any]]:
+    later = [HELD_OUT, *(REASONS if rules.bands else ()), DUPLICATE]
+    splits: dict[str, dict[str, Any]] = {}
+    for account in packed:
+        split = str(account["group"]).partition("/")[0]
+        total = splits.setdefault(split, {**_zeros(), "sources": {}})
+        for key in _TOTALS:
+            total[key] += account[key]
+    for account in read:
+        train = account["split"] == "train"
+        split = "train" if train else f"{account['split']}-{account['source']}"
+        total = splits.setdefault(split, {**_zeros(), "sources": {}})
+        counts = total["sources"].setdefault(account["source"], _no_documents(rules, later))
+        for key in ("read", "bytes", "words"):
+            counts[key] += account[key]
+        counts["tokens_read"] += account["tokens"]
+        _add(counts["dropped"], account["dropped"])
+        _quote(counts["examples"], account["examples"])
+    for account in packed:
+        split = str(account["group"]).partition("/")[0]
+        for source, found in account["sources"].items():
+            counts = splits[split]["sources"][source]
+            for key in ("dropped", "dropped_tokens"):
+                _add(counts[key], found[key])
+            for key in ("kept", "kept_tokens", "in_mixture", "tokens"):
+                counts[key] += found[key]
+            _quote(counts["examples"], found["examples"])
+    return splits
+
+
+def _zeros() -> dict[str, Any]:
+    return {key: [] if key == "shards" else 0 for key in _TOTALS}
+
+
+def _no_documents(rules: TextRules, later: Sequence[str]) -> dict[str, Any]:
+    return {
+        "read": 0,
+        "bytes": 0,
+        "words": 0,
+        "tokens_read": 0,
+        "dropped": dict.fromkeys([*rules.reasons, *later], 0),
+        "dropped_tokens": dict.fromkeys(later, 0),
+        "examples": {},
+        "kept": 0,
+        "kept_tokens": 0,
+        "in_mixture": 0,
+        "tokens": 0,
+    }
+
+
+def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    for reason, count in counts.items():
+        total[reason] += count
+
+
+def _quote(total: dict[str, list[str]], examples: Mapping[str, Sequence[str]]) -> None:
+    for reason, quotes in examples.items():
+        total[reason] = [*total.get(reason, []), *quotes][:NUM_EXAMPLES]
+
+
+def _check_split(split: str, total: Account, row_length: int) -> None:
+    """Hold the books to account: documents and tokens, exactly."""
+    balances = {
+        "tokens of rows": (
+            total["document_tokens"] + total["delimiters"] + total["padding"],
+            total["rows"] * row_length + total["tail_tokens_dropped"],
+        ),
+        "tokens of the mixture": (
+            total["document_tokens"],
+            sum(counts["tokens"] for counts in total["sources"].values()),
+        ),
+    }
+    for source, counts in total["sources"].items():
+        balances[f"documents of {source}"] = (
+            counts["read"],
+            counts["kept"] + sum(counts["dropped"].values()),
+        )
+        balances[f"tokens of {source}"] = (
+            counts["tokens_read"],
+            counts["kept_tokens"] + sum(counts["dropped_tokens"].values()),
+        )
+    for what, (came, went) in balances.items():
+        if came != went:
+            raise AssertionError(f"{split}, {what}: {came} in, {went} out")
+
+
+def _inputs(pieces: Sequence[Piece], read: Sequence[Account]) -> dict[str, Any]:
+    """Return size, time and hashes (one per piece) of every file."""
+    found: dict[str, Any] = {}
+    for piece, account in zip(pieces, read, strict=True):
+        entry = found.setdefault(piece.file.path, {"size": piece.file.size, "sha256": []})
+        if account["sha256"] is not None:
+            entry["sha256"].append(account["sha256"])
+    return found
