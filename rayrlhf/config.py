@@ -315,6 +315,11 @@ class StageConfig(TrainingConfig):
 class PretrainConfig(StageConfig):
     """Next-token prediction on the packed corpus."""
 
+    corpus: str | None = None
+    """Folder of a finished corpus, local or a URI that is streamed; None: that of this run."""
+    documents: Literal["joined", "apart"] = "joined"
+    """Whether attention and positions run on over the documents of a row (GPT-3), or begin anew at
+    each of them (Llama 3, arXiv:2407.21783, section 3.2)."""
     batch_size: Positive = 32
     learning_rate: PositiveFloat = 6e-4
     """GPT-3 small (arXiv:2005.14165, table 2.1)."""
@@ -508,10 +513,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         if self.pretrain is not None:
-            if self.corpus is None:
+            if self.corpus is None and self.pretrain.corpus is None:
                 raise ValueError(
                     "pretrain reads packed rows, but the recipe has no corpus section: "
-                    "add corpus, or take pretrain out and set model.path"
+                    "add corpus, set pretrain.corpus to a finished one, or take pretrain out "
+                    "and set model.path"
                 )
             if self.model.path is not None and self.tokenizer.path is None:
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 from rayrlhf import console
 from rayrlhf.config import CorpusConfig, RecipeError
 from rayrlhf.data.cleaning import TOO_SHORT
-from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules
+from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules, open_tokenizer
 from rayrlhf.data.mixture import DUPLICATE, HELD_OUT, MixtureRules
 from rayrlhf.data.near_duplicates import REASONS
 
@@ -64,6 +64,7 @@ def manifest(
         "row_length": mixture.row_length,
         "packing": mixture.packing,
         "eos_id": mixture.eos_id,
+        "vocab_size": open_tokenizer(mixture.tokenizer).get_vocab_size(),
         "epochs": dict(mixture.epochs),
         "rules": config.model_dump(mode="json", exclude={"sources"}),
         "splits": splits,

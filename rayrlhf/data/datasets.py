@@ -1,18 +1,15 @@
-"""Demonstrations, comparisons, prompts and packed rows: records -> token ids -> batches.
+"""Demonstrations, comparisons and prompts: records -> token ids -> batches.
 
 The order of training data is a pure function of (seed, step): no iterator has a state that a
 checkpoint would have to store.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +22,6 @@ __all__ = [
     "Comparison",
     "Example",
     "Kind",
-    "PackedRows",
     "Record",
     "batch_indices",
     "encode_comparisons",
@@ -207,50 +203,6 @@ def number_documents(rows: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
     )
 
 
-class PackedRows:
-    """Rows of T tokens out of the memory-mapped Arrow shards of one split of a corpus."""
-
-    def __init__(self, corpus_dir: str | Path, split: str) -> None:
-        """`split` is `train`, `validation-<source>` or `test-<source>`."""
-        pattern = re.compile(re.escape(split) + r"-\d{5}\.arrow")
-        folder = Path(corpus_dir)
-        files = sorted(f for f in folder.glob("*.arrow") if pattern.fullmatch(f.name))
-        if not files:
-            raise RecipeError(
-                f"{folder}: no rows of the split {split}: run `rayrlhf corpus`, or "
-                "name this split in corpus.sources"
-            )
-        self._shards = [_rows(file) for file in files]
-        self._ends = np.cumsum([len(rows) for rows in self._shards])
-        self.row_length = int(self._shards[0].shape[1])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return the rows at `indices`: (n, T) int64."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")
-        out = np.empty((len(wanted), self.row_length), dtype=np.int64)  # (n, T)
-        places = np.searchsorted(self._ends, wanted, side="right")
-        for place, rows in enumerate(self._shards):
-            here = places == place
-            out[here] = rows[wanted[here] - (self._ends[place] - len(rows))]
-        return torch.from_numpy(out)
-
-
-def _rows(file: Path) -> npt.NDArray[np.int32]:
-    """Map one shard into memory as (n, T)."""
-    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    column = table.column("tokens")
-    row_length = column.type.list_size
-    parts = [chunk.flatten().to_numpy().reshape(-1, row_length) for chunk in column.chunks]
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.zeros((0, row_length), dtype=np.int32)
-
-
 def _prompt_ids(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     if "messages" not in record:
         return encode_text(tokenizer, record["prompt"])
@@ -276,6 +228,7 @@ def _report_dropped(what: str, dropped: int, total: int, limit: int) -> None:
         console.say(f"data: {dropped} of {total} {what} are longer than {limit} tokens: left out")
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_records: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_records)
+@lru_cache(maxsize=2)  # of a large corpus it takes 4 bytes per row
+def _permutation(seed: int, epoch: int, num_records: int) -> npt.NDArray[np.integer]:
+    order = np.random.default_rng([seed, epoch]).permutation(num_records)
+    return order.astype(np.uint32) if num_records < 2**32 else order

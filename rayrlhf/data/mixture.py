@@ -8,7 +8,6 @@ last: a group that has one is finished and not done again.
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from rayrlhf.data.documents import NUM_EXAMPLES, open_tokenizer, write_whole
 from rayrlhf.data.packing import pack, pack_best_fit
+from rayrlhf.data.rows import write_shard
 
 DUPLICATE, HELD_OUT = "duplicate", "held_out"
 Tokens = npt.NDArray[np.int32]
@@ -90,7 +90,7 @@ def pack_group(group: Group, rules: MixtureRules, drop: Mapping[bytes, str]) -> 
     copies = _mixture(kept, rules.epochs if group.is_training else {}, rules.seed)
     texts = [document.tokens for document in copies]
     padding = dropped_tail = 0
-    if rules.packing == "stream":
+    if rules.packing == "stream" or not group.is_training:  # a loss of rows that compare
         rows, dropped_tail = pack(texts, rules.row_length, rules.eos_id)
     else:
         rows, padding = pack_best_fit(texts, rules.row_length, rules.eos_id)
@@ -210,19 +210,10 @@ def _per_source(
 def _write_shards(
     rows: Tokens, group: Group, rules: MixtureRules, folder: Path
 ) -> list[dict[str, str | int]]:
-    shards: list[dict[str, str | int]] = []
-    kind = pa.list_(pa.int32(), rules.row_length)
-    for start in range(0, len(rows), rules.rows_per_shard):
-        part = np.ascontiguousarray(rows[start : start + rules.rows_per_shard])
-        column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), type=kind)
-        file = folder / f"{group.name.replace('/', '-')}-part-{len(shards):05d}.arrow"
-        new = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        with (
-            pa.OSFile(str(new), "wb") as sink,
-            pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
-        ):
-            writer.write_batch(pa.record_batch([column], names=["tokens"]))
-        digest = hashlib.sha256(new.read_bytes()).hexdigest()
-        os.replace(new, file)
-        shards.append({"file": file.name, "rows": len(part), "sha256": digest})
-    return shards
+    return [
+        write_shard(
+            folder / f"{group.name.replace('/', '-')}-part-{number:05d}.arrow",
+            rows[start : start + rules.rows_per_shard],
+        )
+        for number, start in enumerate(range(0, len(rows), rules.rows_per_shard))
+    ]

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import Recipe
-from rayrlhf.data.datasets import PackedRows, Record, encode_comparisons, pad, read_records
+from rayrlhf.data.datasets import Record, encode_comparisons, pad, read_records
 from rayrlhf.data.packing import microbatches
+from rayrlhf.data.rows import PackedRows
 from rayrlhf.evaluation.agreement import (
     PairAccuracy,
     calibration,

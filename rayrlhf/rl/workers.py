@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.algorithms.losses import negative_log_likelihood, ppo_policy_loss, ppo_value_loss
-from rayrlhf.data.datasets import PackedRows, batch_indices
+from rayrlhf.data.datasets import batch_indices
+from rayrlhf.data.rows import PackedRows
 from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores, values_before

@@ -8,6 +8,7 @@ what an uninterrupted one does, bit by bit on CPU with as many workers.
 import hashlib
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,12 @@ def run(stage: Stage, device: torch.device) -> None:
         else None
     )
 
+    ahead = Prefetch(stage, backend.rank, backend.world_size)
     for step in range(start + 1, total + 1):
+        micros, waited = ahead.take(step)
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
-        metrics = train_step(stage, backend, step)
+        metrics = train_step(stage, backend, step, micros)
+        metrics["time/data_wait_s"] = backend.global_max(waited)
         if step == total or _due(step, cfg.eval_every):
             metrics |= stage.evaluate(backend)
         samples = stage.samples(backend, step)
@@ -99,23 +103,51 @@ def run(stage: Stage, device: torch.device) -> None:
                 log.sample(step, sample)
         if step < total and _due(step, cfg.save_every):
             save(stage, backend, step)
+    ahead.close()
     stage.finish(backend)
     save(stage, backend, None)
     if log is not None:
         log.close()
 
 
-def train_step(stage: Stage, backend: Backend, step: int) -> dict[str, float]:
-    """Do optimizer step `step` (from 1) on its batch, and return its metrics."""
+class Prefetch:
+    """Reads the batch of the next step while the current one trains."""
+
+    def __init__(self, stage: Stage, rank: int, world_size: int) -> None:
+        self._stage, self._rank, self._world_size = stage, rank, world_size
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._next: tuple[int, Future[list[Any]]] | None = None
+
+    def take(self, step: int) -> tuple[list[Any], float]:
+        """Return this rank's micro-batches of `step` (from 1), and the seconds waited for them."""
+        started = time.perf_counter()
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._pool.submit(self._read, step))
+        micros = self._next[1].result()
+        self._next = None
+        if step < self._stage.total_steps:
+            self._next = (step + 1, self._pool.submit(self._read, step + 1))
+        return micros, time.perf_counter() - started
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, step: int) -> list[Any]:
+        stage = self._stage
+        indices = batch_indices(
+            seed=stage.recipe.seed,
+            step=step - 1,
+            batch_size=stage.cfg.batch_size,
+            num_records=stage.num_records,
+        )
+        mine = shard(indices, self._rank, self._world_size, stage.costs(indices))
+        return stage.microbatches(mine)
+
+
+def train_step(stage: Stage, backend: Backend, step: int, micros: list[Any]) -> dict[str, float]:
+    """Do optimizer step `step` (from 1) on this rank's part of its batch; return its metrics."""
     started = time.perf_counter()
-    indices = batch_indices(
-        seed=stage.recipe.seed,
-        step=step - 1,
-        batch_size=stage.cfg.batch_size,
-        num_records=stage.num_records,
-    )
-    mine = shard(indices, backend.rank, backend.world_size, stage.costs(indices))
-    micros = stage.microbatches(mine)
     count, num_tokens = backend.global_sums(
         [sum(micro.count for micro in micros), sum(micro.num_tokens for micro in micros)]
     )

@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on rows of T tokens packed from the mixture of sources.
 
-As in GPT-3 a row runs over the ends of documents, with end-of-text between them. Every token but
-a row's first is predicted.
+As in GPT-3 a row runs over the ends of documents, with end-of-text between them, and every token
+but a row's first is predicted; with `pretrain.documents: apart` documents do not see each other.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from rayrlhf.config import PretrainConfig, Recipe
+from rayrlhf.config import PretrainConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
-from rayrlhf.data.datasets import PackedRows, shard
+from rayrlhf.data.datasets import shard
+from rayrlhf.data.rows import PackedRows, check_shards, read_manifest
 from rayrlhf.data.tokenizer import check_vocabulary, encode_text
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
 from rayrlhf.models.folder import add_residual_dropout, load_config
@@ -38,12 +39,15 @@ class PretrainStage(LanguageModelStage):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.rows = PackedRows(recipe.path / "corpus", "train")
-        assert recipe.corpus is not None
+        corpus = self.cfg.corpus or str(recipe.path / "corpus")
+        manifest = read_manifest(corpus)
+        check_shards(corpus, manifest)
+        self._check_tokenizer(corpus, manifest)
+        self.rows = PackedRows(corpus, "train")
         self.held_out = {
-            name: PackedRows(recipe.path / "corpus", f"validation-{name}")
-            for name, source in recipe.corpus.sources.items()
-            if source.validation
+            split.removeprefix("validation-"): PackedRows(corpus, split)
+            for split in manifest["splits"]
+            if split.startswith("validation-")
         }
         self.start = self.cfg.init or recipe.model.path
         if self.start is not None:
@@ -73,6 +77,16 @@ class PretrainStage(LanguageModelStage):
         add_residual_dropout(model, self.cfg.dropout)
         return CausalLMModel(model)
 
+    def _check_tokenizer(self, corpus: str, manifest: dict[str, Any]) -> None:
+        core = self.tokenizer.backend_tokenizer
+        own = (core.get_vocab_size(), self.tokenizer.eos_token_id)
+        if own != (manifest["vocab_size"], manifest["eos_id"]):
+            raise RecipeError(
+                f"{corpus} was written with a tokenizer of {manifest['vocab_size']} ids and "
+                f"end-of-text {manifest['eos_id']}, but this run's has {own[0]} and {own[1]}: set "
+                "tokenizer.path to the corpus's tokenizer"
+            )
+
     def costs(self, indices: Sequence[int]) -> None:
         """Rows are all of one length."""
 
@@ -82,8 +96,28 @@ class PretrainStage(LanguageModelStage):
     def _cut(self, rows: PackedRows, indices: Sequence[int]) -> list[TextBatch]:
         size = max(1, self.cfg.tokens_per_microbatch // rows.row_length)
         return [
-            _batch(rows[indices[start : start + size]]) for start in range(0, len(indices), size)
+            self._batch(rows[indices[start : start + size]])
+            for start in range(0, len(indices), size)
         ]
+
+    def _batch(self, rows: torch.Tensor) -> TextBatch:
+        """Return rows (n, T) as a micro-batch."""
+        loss_mask = torch.ones_like(rows, dtype=torch.bool)
+        loss_mask[:, 0] = False
+        ended = rows == self.tokenizer.eos_token_id  # (n, T)
+        begins = torch.zeros_like(ended)
+        begins[:, 1:] = ended[:, :-1]
+        # No document is empty: end-of-text after end-of-text fills up a row.
+        filling = ended & begins
+        loss_mask &= ~filling
+        attention_mask = torch.ones_like(rows)
+        if self.cfg.documents == "apart":
+            # The first token of a document has nothing before it to be predicted from.
+            loss_mask &= ~begins
+            attention_mask += begins.cumsum(dim=1)
+        attention_mask = attention_mask.masked_fill(filling, 0)
+        num_tokens = rows.numel() - int(filling.sum())
+        return TextBatch(rows, attention_mask, float(loss_mask.sum()), num_tokens, loss_mask)
 
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return eval/loss over all held-out rows, and eval/loss.<source>."""
@@ -117,10 +151,3 @@ class PretrainStage(LanguageModelStage):
                 {"prompt": prompt, "text": text, "kind": kind} for kind, text in texts.items()
             ]
         return records
-
-
-def _batch(rows: torch.Tensor) -> TextBatch:
-    """Return rows (n, T) as a micro-batch."""
-    loss_mask = torch.ones_like(rows, dtype=torch.bool)
-    loss_mask[:, 0] = False
-    return TextBatch(rows, torch.ones_like(rows), float(loss_mask.sum()), rows.numel(), loss_mask)

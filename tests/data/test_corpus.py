@@ -18,7 +18,7 @@ import ray
 
 from rayrlhf.config import Recipe, RecipeError, parse
 from rayrlhf.data import corpus
-from rayrlhf.data.datasets import PackedRows
+from rayrlhf.data.rows import PackedRows
 from rayrlhf.data.tokenizer import load_tokenizer
 
 

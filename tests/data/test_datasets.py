@@ -1,17 +1,13 @@
-"""Records to token ids, batches as a pure function of the step, rows from memory-mapped shards."""
+"""Records to token ids, batches as a pure function of the step."""
 
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import RecipeError
 from rayrlhf.data.datasets import (
-    PackedRows,
     batch_indices,
     encode_comparisons,
     encode_demonstrations,
@@ -116,29 +112,3 @@ def test_padding_is_marked_by_length_even_if_pad_is_eos() -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert ids.dtype == mask.dtype == torch.int64
     assert pad([], 0)[0].shape == (0, 0)
-
-
-def write_rows(path: Path, rows: np.ndarray) -> None:
-    kind = pa.list_(pa.int32(), rows.shape[1])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
-    with (
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
-    ):
-        writer.write_batch(pa.record_batch([column], names=["tokens"]))
-
-
-def test_packed_rows_over_shards(tmp_path: Path) -> None:
-    rows = np.arange(28, dtype=np.int32).reshape(7, 4)
-    write_rows(tmp_path / "train-00000.arrow", rows[:3])
-    write_rows(tmp_path / "train-00001.arrow", rows[3:])
-    write_rows(tmp_path / "validation-train-00000.arrow", rows[:1])
-    packed = PackedRows(tmp_path, "train")
-    assert (len(packed), packed.row_length) == (7, 4)
-    assert packed[[6, 0, 3, 3, 2]].tolist() == rows[[6, 0, 3, 3, 2]].tolist()
-    assert packed[[]].shape == (0, 4)
-    assert packed[[0]].dtype == torch.int64
-    with pytest.raises(IndexError):
-        packed[[7]]
-    with pytest.raises(RecipeError, match="no rows of the split validation-x: run"):
-        PackedRows(tmp_path, "validation-x")

@@ -7,24 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer
 
 from rayrlhf.config import Recipe, parse
+from rayrlhf.data.rows import write_shard
 
 ROW_LENGTH = 16
 
 
-def write_rows(corpus: Path, split: str, rows: np.ndarray) -> None:
-    """Write one Arrow shard of packed rows."""
+def write_corpus(corpus: Path, tokenizer: Path, **splits: np.ndarray) -> None:
+    """Write a corpus with one shard per split; `_` in a name stands for `-`."""
     corpus.mkdir(parents=True, exist_ok=True)
-    values = pa.array(rows.reshape(-1).astype(np.int32))
-    table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(values, rows.shape[1])})
-    with (
-        pa.OSFile(str(corpus / f"{split}-00000.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
+    core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    shards = {
+        (split := name.replace("_", "-")): {
+            "shards": [write_shard(corpus / f"{split}-00000.arrow", rows)]
+        }
+        for name, rows in splits.items()
+    }
+    manifest = {
+        "row_length": ROW_LENGTH,
+        "vocab_size": core.get_vocab_size(),
+        "eos_id": core.token_to_id("<|endoftext|>"),
+        "splits": shards,
+    }
+    (corpus / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> str:
@@ -59,8 +67,7 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Calla
             shutil.copytree(tiny_tokenizer, folder / "tokenizer")
             rng = np.random.default_rng(0)
             rows = rng.integers(2, 40, (19, ROW_LENGTH))
-            write_rows(folder / "corpus", "train", rows)
-            write_rows(folder / "corpus", "validation-books", rows[:5])
+            write_corpus(folder / "corpus", tiny_tokenizer, train=rows, validation_books=rows[:5])
             for stage in ("pretrain", "sft"):
                 shutil.copytree(tiny_model, folder / stage / "final")
         data = {

@@ -57,10 +57,10 @@ def test_resume_equals_uninterrupted(
     broken = fresh(make_recipe("broken", sft=sft), kind)
     step_of_loop = loop.train_step
 
-    def dies(stage: Stage, backend: Any, step: int) -> dict[str, float]:
+    def dies(stage: Stage, backend: Any, step: int, micros: Any) -> dict[str, float]:
         if step == killed_at + 1:
             raise Killed
-        return step_of_loop(stage, backend, step)
+        return step_of_loop(stage, backend, step, micros)
 
     monkeypatch.setattr(loop, "train_step", dies)
     with pytest.raises(Killed):
