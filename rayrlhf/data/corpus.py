@@ -15,9 +15,8 @@ import json
 import math
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
 from rayrlhf.data import accounts, builtin, inputs, near_duplicates, records
 from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.documents import Piece, TextRules, text_hash, tokenize_piece
+from rayrlhf.data.job import run_tasks
 from rayrlhf.data.mixture import HELD_OUT, Group, MixtureRules, pack_group, unique_tokens
 from rayrlhf.data.near_duplicates import NEAR_HELD_OUT, Bands
 from rayrlhf.data.ngrams import Hashes, ngram_hashes
@@ -72,8 +71,8 @@ def build_corpus(recipe: Recipe) -> Path:
     rules = _text_rules(recipe, config, pieces, work)
 
     session.connect(recipe)
-    read = _run(  # 1
-        "documents",
+    read = run_tasks(  # 1
+        "corpus: documents",
         lambda item, *rest: tokenize_piece(Piece.from_json(item), *rest),
         [piece.to_json() for piece in pieces],
         rules,
@@ -93,8 +92,8 @@ def build_corpus(recipe: Recipe) -> Path:
         epochs=_epochs(config, groups, work, drop),
         eos_id=int(tokenizer.eos_token_id),
     )
-    packed = _run(  # 3
-        "rows",
+    packed = run_tasks(  # 3
+        "corpus: rows",
         lambda item, *rest: pack_group(_group(item), *rest),
         [json.dumps(asdict(group)) for group in groups],
         mixture,
@@ -297,48 +296,6 @@ def _work_folder(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) 
     return folder
 
 
-def _run(
-    what: str,
-    task: Callable[..., Any],
-    items: Sequence[str],
-    rules: Any,
-    shared: Any,
-    each: Callable[[Any], None] = lambda result: None,
-) -> list[Any]:
-    """Execute task(item, rules, shared) for every item as Ray Data tasks, in any order.
-
-    Returns what the tasks return, in the order of `items`, and shows it to `each` when it comes;
-    a line every 30 s says how far it is.
-    """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    reference = ray.put(shared)
-
-    def batch(rows: Mapping[str, Any]) -> dict[str, list[str]]:
-        results = [
-            json.dumps([int(number), task(item, rules, ray.get(reference))])
-            for number, item in zip(rows["number"], rows["item"], strict=True)
-        ]
-        return {"result": results}
-
-    # Many small items share a task, which costs more than to tokenize a megabyte.
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    rows = [{"number": number, "item": item} for number, item in enumerate(items)]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 32 * cpus)).map_batches(
-        batch, batch_size=None, batch_format="numpy"
-    )
-    found: dict[int, Any] = {}
-    next_line = time.monotonic() + 30
-    for row in dataset.iter_rows():
-        number, result = json.loads(row["result"])
-        found[number] = result
-        each(result)
-        if time.monotonic() > next_line:
-            console.say(f"corpus: {what}: {len(found)} of {len(items)} tasks done")
-            next_line = time.monotonic() + 30
-    return [found[number] for number in range(len(items))]
-
-
 def _group(text: str) -> Group:
     fields = json.loads(text)
     return Group(fields["name"], [(source, file, at) for source, file, at in fields["batches"]])
@@ -362,8 +319,8 @@ def _to_drop(
     written = [account["near"] for account in read if account["near"] is not None]
     if bands is not None and written:
         partitions = sorted({number for piece in written for number in piece["partitions"]})
-        found = _run(
-            "near-duplicates",
+        found = run_tasks(
+            "corpus: near-duplicates",
             _near,
             [str(number) for number in partitions],
             (bands.threshold, str(work / "documents")),
@@ -398,8 +355,8 @@ def _epochs(
         return {name: source.epochs or 1.0 for name, source in config.sources.items()}
     training = [json.dumps(asdict(group)) for group in groups if group.is_training]
     tokens: Counter[str] = Counter()
-    found = _run(
-        "tokens per source",
+    found = run_tasks(
+        "corpus: tokens per source",
         lambda item, *rest: unique_tokens(_group(item), *rest),
         training,
         str(work),

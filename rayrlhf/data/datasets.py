@@ -70,24 +70,32 @@ def encode_demonstrations(
 
     Raises RecipeError when none is left.
     """
-    examples = []
-    eos = _eos(tokenizer)
-    for index, record in enumerate(records):
-        if "messages" in record:
-            ids, mask = encode_chat(tokenizer, record["messages"])
-        else:
-            prompt = encode_text(tokenizer, record["prompt"])
-            response = encode_text(tokenizer, record["response"])
-            ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
-        # What a chat template adds after the last answer is never generated.
-        while mask and not mask[-1]:
-            ids, mask = ids[:-1], mask[:-1]
-        if ids[-1] != eos:
-            ids, mask = [*ids, eos], [*mask, 1]
-        if len(ids) <= max_length:
-            examples.append(Example(ids, mask, index))
+    found = [
+        encode_demonstration(record, tokenizer, max_length, index)
+        for index, record in enumerate(records)
+    ]
+    examples = [example for example in found if example is not None]
     _report_dropped("demonstrations", len(records) - len(examples), len(records), max_length)
     return examples
+
+
+def encode_demonstration(
+    record: Record, tokenizer: PreTrainedTokenizerFast, max_length: int, index: int = 0
+) -> Example | None:
+    """Tokenize a demonstration; None when it is longer than `max_length` tokens."""
+    eos = _eos(tokenizer)
+    if "messages" in record:
+        ids, mask = encode_chat(tokenizer, record["messages"])
+    else:
+        prompt = encode_text(tokenizer, record["prompt"])
+        response = encode_text(tokenizer, record["response"])
+        ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
+    # What a chat template adds after the last answer is never generated.
+    while mask and not mask[-1]:
+        ids, mask = ids[:-1], mask[:-1]
+    if ids[-1] != eos:
+        ids, mask = [*ids, eos], [*mask, 1]
+    return Example(ids, mask, index) if len(ids) <= max_length else None
 
 
 def encode_comparisons(
@@ -98,17 +106,26 @@ def encode_comparisons(
     A comparison with fewer than two responses left is dropped, with one line. Raises RecipeError
     when none is left.
     """
-    comparisons = []
-    eos = _eos(tokenizer)
-    for index, record in enumerate(records):
-        prompt = encode_text(tokenizer, record["prompt"])
-        ids = [[*prompt, *encode_text(tokenizer, text), eos] for text in record["responses"]]
-        kept = [k for k, sequence in enumerate(ids) if len(sequence) <= max_length]
-        if len(kept) >= 2:
-            ranks = [record["ranks"][k] for k in kept]
-            comparisons.append(Comparison([ids[k] for k in kept], ranks, index, kept))
+    found = [
+        encode_comparison(record, tokenizer, max_length, index)
+        for index, record in enumerate(records)
+    ]
+    comparisons = [comparison for comparison in found if comparison is not None]
     _report_dropped("comparisons", len(records) - len(comparisons), len(records), max_length)
     return comparisons
+
+
+def encode_comparison(
+    record: Record, tokenizer: PreTrainedTokenizerFast, max_length: int, index: int = 0
+) -> Comparison | None:
+    """Tokenize a comparison; None when fewer than two responses fit into `max_length` tokens."""
+    eos = _eos(tokenizer)
+    prompt = encode_text(tokenizer, record["prompt"])
+    ids = [[*prompt, *encode_text(tokenizer, text), eos] for text in record["responses"]]
+    kept = [k for k, sequence in enumerate(ids) if len(sequence) <= max_length]
+    if len(kept) < 2:
+        return None
+    return Comparison([ids[k] for k in kept], [record["ranks"][k] for k in kept], index, kept)
 
 
 def encode_prompts(
@@ -120,7 +137,7 @@ def encode_prompts(
     """
     prompts = []
     for index, record in enumerate(records):
-        ids = _prompt_ids(record, tokenizer)
+        ids = encode_prompt(record, tokenizer)
         if len(ids) > max_prompt_tokens:
             raise RecipeError(
                 f"prompt {index + 1} has {len(ids)} tokens, but only {max_prompt_tokens} fit "
@@ -138,7 +155,7 @@ def fitting_prompts(
 
     Raises RecipeError when none fits.
     """
-    kept = [r for r in records if len(_prompt_ids(r, tokenizer)) <= max_prompt_tokens]
+    kept = [r for r in records if len(encode_prompt(r, tokenizer)) <= max_prompt_tokens]
     _report_dropped("prompts", len(records) - len(kept), len(records), max_prompt_tokens)
     return kept
 
@@ -203,7 +220,8 @@ def number_documents(rows: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
     )
 
 
-def _prompt_ids(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokenize a prompt; `messages` end where the answer begins."""
     if "messages" not in record:
         return encode_text(tokenizer, record["prompt"])
     return encode_chat(tokenizer, record["messages"], open_answer=True)[0]

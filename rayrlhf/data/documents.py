@@ -201,7 +201,7 @@ def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Any:
     for where, record in read:
         any_record = True
         try:
-            text = records.check(where, record, "document")["text"]
+            text = records.check_exactly(piece.file, where, record, "document")["text"]
         except RecipeError as error:
             note(error)
             continue

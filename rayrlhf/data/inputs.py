@@ -42,6 +42,7 @@ _FORMATS = {
     ".md": "text",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_AT_BYTE = " at byte "
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -153,7 +154,8 @@ def read(
     columns: list[str] | None = None,
     on_error: OnError = raise_error,
 ) -> Iterator[tuple[str, Record]]:
-    """Yield (where, record) for every record of a span (None: all); `where` is file:line.
+    """Yield (where, record) for every record of a span (None: all); `where` is file:line, or a
+    form of it that `exact_place` turns into that.
 
     `columns` are those of a Parquet file that are needed. What can't be read goes to `on_error`
     as a RecipeError that names file, line, reason and fix: a record, or the rest of the file.
@@ -197,6 +199,22 @@ def parse_line(line: bytes, where: str) -> Record:
             'must be one record such as {"text": "..."}'
         )
     return record
+
+
+def exact_place(file: InputFile, where: str) -> str:
+    """Return `where` as file:line; a record of a later span has only its byte at first.
+
+    Counting the lines before takes time, so this is for what goes wrong.
+    """
+    path, mark, byte = where.rpartition(_AT_BYTE)
+    if not mark:
+        return where
+    lines, left = 0, int(byte)
+    with _open_stream(file) as stream:
+        while left and (block := stream.read(min(left, 2**24))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return f"{path}:{lines + 1}"
 
 
 def open_file(path: str) -> Any:
@@ -350,41 +368,19 @@ def _json_lines(
             if not line:
                 return
             here, position = position, position + len(line)
-            where = _where(file, number, here if start else 0)
+            where = f"{file}{_AT_BYTE}{here}" if start else f"{file}:{number}"
             if len(line) > MAX_RECORD_BYTES:
                 position += _skip_line(stream)
-                on_error(_too_long(where()))
+                on_error(_too_long(exact_place(file, where)))
             elif stripped := line.removeprefix(_BOM if here == 0 else b"").strip():
                 try:
-                    record = parse_line(stripped, where())
-                except RecipeError:
-                    # Counting the lines before takes time, so only for what goes wrong.
-                    try:
-                        parse_line(stripped, where(exact=True))
-                    except RecipeError as error:
-                        on_error(error)
+                    record = parse_line(stripped, where)
+                except RecipeError as error:
+                    place = exact_place(file, where)
+                    on_error(RecipeError(str(error).replace(where, place, 1)))
                 else:
-                    yield where(), record
+                    yield where, record
             number += 1
-
-
-def _where(file: InputFile, number: int, offset: int) -> Callable[..., str]:
-    """Return a function that names a line: at once by its byte, or with its number (`exact`)."""
-
-    def where(exact: bool = False) -> str:
-        if not offset:
-            return f"{file}:{number}"
-        if not exact:
-            return f"{file} at byte {offset}"
-        lines = 0
-        with _open_stream(file) as stream:
-            left = offset
-            while left and (block := stream.read(min(left, 2**24))):
-                lines += block.count(b"\n")
-                left -= len(block)
-        return f"{file}:{lines + 1}"
-
-    return where
 
 
 def _skip_line(stream: IO[bytes]) -> int:

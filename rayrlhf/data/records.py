@@ -12,7 +12,7 @@ from rayrlhf.config import RecipeError
 from rayrlhf.data import inputs
 from rayrlhf.data.inputs import Record
 
-__all__ = ["Kind", "Record", "check", "iter_records", "read_records"]
+__all__ = ["Kind", "Record", "check", "check_exactly", "iter_records", "read_records"]
 Kind = Literal["document", "demonstration", "comparison", "prompt"]
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
 _ROLES = ("system", "user", "assistant")
@@ -42,6 +42,15 @@ def iter_records(path: str | Path, kind: Kind) -> Iterator[Record]:
 def check(where: str, record: Record, kind: Kind) -> Record:
     """Return the record in its one form; raises RecipeError that begins with `where`."""
     return _CHECKS[kind](where, record)
+
+
+def check_exactly(file: inputs.InputFile, where: str, record: Record, kind: Kind) -> Record:
+    """Do as `check`; an error names the line, where `where` only has the byte of a later piece."""
+    try:
+        return check(where, record, kind)
+    except RecipeError:
+        # Counting lines takes time, so only for what goes wrong.
+        return check(inputs.exact_place(file, where), record, kind)
 
 
 def empty_file(file: inputs.InputFile, kind: Kind) -> RecipeError:

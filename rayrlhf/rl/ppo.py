@@ -13,6 +13,7 @@ Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, Instruct
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from rayrlhf.algorithms.advantages import (
 )
 from rayrlhf.algorithms.kl import KLController, kl_estimate, make_kl_controller
 from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role
-from rayrlhf.data import builtin
-from rayrlhf.data.datasets import batch_indices, encode_prompts, fitting_prompts, read_records
+from rayrlhf.data import builtin, encoded
+from rayrlhf.data.datasets import batch_indices
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.experience import Experience, Rollout, flatten, pad_rows
@@ -48,7 +49,7 @@ NUM_SAMPLES = 3
 class Prompts:
     """The prompts as token ids; which ones a step takes is a pure function of the step."""
 
-    ids: list[list[int]]
+    ids: Sequence[list[int]]
     seed: int
     batch_size: int
 
@@ -85,7 +86,7 @@ def train_ppo(recipe: Recipe) -> Path:
     if is_complete(stage_dir / "final") and state.step >= cfg.steps:
         return stage_dir / "final"
     tokenizer = load_tokenizer(recipe)
-    prompts = load_prompts(recipe, cfg, tokenizer)
+    prompts = load_prompts(recipe, cfg)
     settings = role_settings(recipe, cfg, tokenizer, prompts, checkpoint)
 
     session.connect(recipe)
@@ -265,7 +266,7 @@ def restore(cfg: PPOConfig, checkpoint: Path | None) -> State:
     return State(step=saved["step"], version=saved["version"], kl=kl)
 
 
-def load_prompts(recipe: Recipe, cfg: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> Prompts:
+def load_prompts(recipe: Recipe, cfg: PPOConfig) -> Prompts:
     """Read and tokenize the prompts that leave room for a response."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
@@ -273,8 +274,7 @@ def load_prompts(recipe: Recipe, cfg: PPOConfig, tokenizer: PreTrainedTokenizerF
             f"ppo.max_response_tokens={cfg.max_response_tokens} leaves no room for a "
             f"prompt within model.max_length={recipe.model.max_length}: set it lower"
         )
-    records = fitting_prompts(read_records(cfg.prompts, "prompt"), tokenizer, room)
-    return Prompts(encode_prompts(records, tokenizer, room), recipe.seed, cfg.batch_size)
+    return Prompts(encoded.prompts(recipe, cfg.prompts, room), recipe.seed, cfg.batch_size)
 
 
 def role_settings(
@@ -303,7 +303,7 @@ def role_settings(
         "reward": reward,
         "rollout": policy,
     }
-    assert isinstance(tokenizer.eos_token_id, int), "encode_prompts checks the tokenizer"
+    assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer checks it"
     pad_id = tokenizer.pad_token_id
     return {
         role: RoleSettings(
@@ -312,7 +312,7 @@ def role_settings(
             state_path=states.get(role),
             tokenizer_path=str((recipe.path / "tokenizer").absolute()),
             corpus_path=str((recipe.path / "corpus").absolute()),
-            max_length=max(map(len, prompts.ids)) + cfg.max_response_tokens,
+            max_length=int(max(encoded.token_counts(prompts.ids))) + cfg.max_response_tokens,
             pad_id=pad_id if isinstance(pad_id, int) else tokenizer.eos_token_id,
             eos_id=tokenizer.eos_token_id,
             seed=recipe.seed,

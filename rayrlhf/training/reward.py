@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.algorithms.ranking import ranking_loss
-from rayrlhf.config import Recipe, RecipeError, RewardConfig
+from rayrlhf.config import Recipe, RewardConfig
+from rayrlhf.data import encoded
 from rayrlhf.data.datasets import (
     Comparison,
     Example,
-    encode_comparisons,
     lay_out,
     number_documents,
     pad,
-    read_records,
     shard,
 )
+from rayrlhf.data.encoded import Encoded, token_counts
 from rayrlhf.data.packing import microbatches, pack_whole, within_budget
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
@@ -61,20 +61,13 @@ class RewardStage(Stage):
         super().__init__(recipe)
         self.start = self.start_folder()
         self.train = self._read(self.cfg.train)
-        self.validation = self._read(self.cfg.validation) if self.cfg.validation else []
+        held_out = self.cfg.validation
+        self.validation: Sequence[Comparison] = self._read(held_out) if held_out else []
         path = self.cfg.demonstrations or (recipe.sft.train if recipe.sft else None)
-        self.demonstrations = self.read_demonstrations(path) if path else []
+        self.demonstrations: Sequence[Example] = self.read_demonstrations(path) if path else []
 
-    def _read(self, path: str) -> list[Comparison]:
-        found = encode_comparisons(
-            read_records(path, "comparison"), self.tokenizer, self.recipe.model.max_length
-        )
-        ranked = [comparison for comparison in found if len(set(comparison.ranks)) > 1]
-        if not ranked:
-            raise RecipeError(
-                f"{path}: no comparison ranks one response above another: give `ranks` that differ"
-            )
-        return ranked
+    def _read(self, path: str) -> Encoded[Comparison]:
+        return encoded.comparisons(self.recipe, path, self.recipe.model.max_length)
 
     @property
     def cfg(self) -> RewardConfig:
@@ -93,7 +86,7 @@ class RewardStage(Stage):
         )
 
     def costs(self, indices: Sequence[int]) -> list[float]:
-        return [_cost(self.train[index]) for index in indices]
+        return [float(self.train.lengths[index]) for index in indices]
 
     def microbatches(self, indices: Sequence[int]) -> list[ComparisonBatch]:
         return self._cut([self.train[index] for index in indices])
@@ -154,7 +147,7 @@ class RewardStage(Stage):
             range(len(self.validation)),
             backend.rank,
             backend.world_size,
-            [_cost(comparison) for comparison in self.validation],
+            token_counts(self.validation),
         )
         micros = self._cut([self.validation[index] for index in mine])
         with evaluating(backend):
@@ -170,7 +163,7 @@ class RewardStage(Stage):
 
     def mean_score(self, backend: Backend, examples: Sequence[Example]) -> float:
         """Return the mean score of demonstrations over all ranks; every rank calls it."""
-        lengths = [len(example.ids) for example in examples]
+        lengths = token_counts(examples)
         mine = shard(range(len(examples)), backend.rank, backend.world_size, lengths)
         groups = microbatches([lengths[index] for index in mine], self.cfg.tokens_per_microbatch)
         wanted = int(backend.global_max(len(groups)))
@@ -191,7 +184,3 @@ class RewardStage(Stage):
     def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
         assert isinstance(module, ScalarHeadModel)
         module.save_pretrained(folder, weights)
-
-
-def _cost(comparison: Comparison) -> float:
-    return float(sum(map(len, comparison.ids)))

@@ -14,6 +14,7 @@ from rayrlhf.data.datasets import (
     number_documents,
     shard,
 )
+from rayrlhf.data.encoded import token_counts
 from rayrlhf.data.packing import pack_whole
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.training.backend import Backend
@@ -39,7 +40,7 @@ class SFTStage(LanguageModelStage):
         self.start = self.start_folder()
         self.train = self.read_demonstrations(self.cfg.train)
         held_out = self.cfg.validation
-        self.validation = self.read_demonstrations(held_out) if held_out else []
+        self.validation: Sequence[Example] = self.read_demonstrations(held_out) if held_out else []
 
     @property
     def cfg(self) -> SFTConfig:
@@ -54,7 +55,7 @@ class SFTStage(LanguageModelStage):
         return CausalLMModel.from_pretrained(checkpoint or self.start, dropout=self.cfg.dropout)
 
     def costs(self, indices: Sequence[int]) -> list[float]:
-        return [float(len(self.train[index].ids)) for index in indices]
+        return [float(self.train.lengths[index]) for index in indices]
 
     def microbatches(self, indices: Sequence[int]) -> list[TextBatch]:
         return self._cut([self.train[index] for index in indices])
@@ -90,7 +91,7 @@ class SFTStage(LanguageModelStage):
             range(len(self.validation)),
             backend.rank,
             backend.world_size,
-            [len(example.ids) for example in self.validation],
+            token_counts(self.validation),
         )
         micros = self._cut([self.validation[index] for index in mine])
         loss, tokens = self.mean_loss(backend, micros)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rayrlhf import lineage
 from rayrlhf.config import Recipe, StageConfig
-from rayrlhf.data import builtin
-from rayrlhf.data.datasets import Example, encode_demonstrations, read_records
+from rayrlhf.data import builtin, encoded
+from rayrlhf.data.datasets import Example
+from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.models.folder import load_config
 from rayrlhf.training.backend import Backend
@@ -109,11 +110,9 @@ class Stage(ABC):
         check_vocabulary(self.tokenizer, load_config(folder).vocab_size)
         return folder
 
-    def read_demonstrations(self, path: str) -> list[Example]:
+    def read_demonstrations(self, path: str) -> Encoded[Example]:
         """Return the demonstrations of a file as token ids; raises RecipeError."""
-        return encode_demonstrations(
-            read_records(path, "demonstration"), self.tokenizer, self.recipe.model.max_length
-        )
+        return encoded.demonstrations(self.recipe, path, self.recipe.model.max_length)
 
     def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
         """Return generated texts to show after `step`; every rank calls it."""
