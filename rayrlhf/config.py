@@ -177,6 +177,11 @@ class SourceConfig(Section):
     weight: PositiveFloat | None = None
     """Instead of epochs: the source's share of the mixture's tokens, relative to the others.
     Source: the sampling proportion of the same table."""
+    min_chars: Annotated[int, Field(ge=0)] | None = None
+    """For this source, in place of the corpus's rule; so with the next three."""
+    edits: tuple[Edit, ...] | None = None
+    languages: tuple[str, ...] | None = None
+    filters: tuple[Filter, ...] | None = None
 
 
 class NearDuplicates(Section):

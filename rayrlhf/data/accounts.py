@@ -7,7 +7,6 @@ from typing import Any
 
 from rayrlhf import console
 from rayrlhf.config import CorpusConfig, RecipeError
-from rayrlhf.data.cleaning import TOO_SHORT
 from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules, open_tokenizer
 from rayrlhf.data.mixture import DUPLICATE, HELD_OUT, MixtureRules
 from rayrlhf.data.near_duplicates import REASONS
@@ -76,37 +75,47 @@ def manifest(
 
 
 def report(manifest: Mapping[str, Any]) -> None:
-    """Print a row per split and source: documents read, dropped by rule, mixed; tokens."""
+    """Print a row per split and source, and what each rule dropped."""
     found = [
-        (split.partition("-")[0], source, counts)
+        (split.partition("-")[0], source, counts, total["document_tokens"])
         for split, total in manifest["splits"].items()
         for source, counts in total["sources"].items()
     ]
-    reasons = shown_reasons([counts for _, _, counts in found])
     rows = [
         (
             split,
             source,
             counts["read"],
-            *(counts["dropped"][reason] for reason in reasons),
+            sum(counts["dropped"].values()),
             counts["in_mixture"],
             counts["tokens"],
+            f"{100 * counts['tokens'] / max(1, tokens):.1f}%",
             counts["bytes"] / max(1, counts["tokens_read"]),
             counts["tokens_read"] / max(1, counts["words"]),
         )
-        for split, source, counts in found
+        for split, source, counts, tokens in found
     ]
     header = (
         "split",
         "source",
         "documents",
-        *("- " + reason.replace("_", " ") for reason in reasons),
+        "dropped",
         "in mixture",
         "tokens",
+        "share",
         "bytes/token",
         "tokens/word",
     )
     console.say(console.table(header, rows))
+    dropped: dict[str, dict[str, int]] = {}
+    for _, source, counts, _ in found:
+        for reason, count in counts["dropped"].items():
+            if count:
+                by_source = dropped.setdefault(reason, {})
+                by_source[source] = by_source.get(source, 0) + count
+    for reason, by_source in dropped.items():
+        listed = ", ".join(f"{source} {count}" for source, count in by_source.items())
+        console.say(f"corpus: dropped as {reason.replace('_', ' ')}: {listed}")
     train = manifest["splits"]["train"]
     filled = f" + {train['padding']} padding" if train["padding"] else ""
     console.say(
@@ -114,16 +123,6 @@ def report(manifest: Mapping[str, Any]) -> None:
         f"{train['document_tokens']} document tokens + {train['delimiters']} delimiters{filled} "
         f"- {train['tail_tokens_dropped']} in an unfinished row"
     )
-
-
-def shown_reasons(counts: Sequence[Account]) -> list[str]:
-    """Return the rules of a table: those of every corpus, and others that dropped something."""
-    always = (TOO_SHORT, HELD_OUT, DUPLICATE)
-    return [
-        reason
-        for reason in counts[0]["dropped"]
-        if reason in always or any(entry["dropped"][reason] for entry in counts)
-    ]
 
 
 def sha256(file: Path) -> str:

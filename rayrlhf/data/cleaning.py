@@ -15,7 +15,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # Unicode's class Cc les
 
 @dataclass(frozen=True)
 class Cleaning:
-    """The rules that a recipe asks for."""
+    """The rules that a recipe asks for, for one source."""
 
     min_chars: int = 0
     edits: tuple[str, ...] = ()
@@ -25,13 +25,15 @@ class Cleaning:
     filters: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: CorpusConfig) -> "Cleaning":
-        """Return the rules of a recipe; `gopher` and `c4` become all of theirs."""
-        asked = config.filters
+    def of(cls, config: CorpusConfig, source: str) -> "Cleaning":
+        """Return the rules for a source; `gopher` and `c4` become all of theirs."""
+        own = config.sources[source]
+        asked = config.filters if own.filters is None else own.filters
+        edits = config.edits if own.edits is None else own.edits
         return cls(
-            min_chars=config.min_chars,
-            edits=tuple(name for name in EDITS if name in config.edits),
-            languages=config.languages,
+            min_chars=config.min_chars if own.min_chars is None else own.min_chars,
+            edits=tuple(name for name in EDITS if name in edits),
+            languages=config.languages if own.languages is None else own.languages,
             language_score=config.language_score,
             filters=tuple(
                 name

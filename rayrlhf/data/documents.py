@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -80,7 +80,8 @@ class TextRules:
     """Folder of the job."""
     tokenizer: str
     """Folder of the tokenizer."""
-    cleaning: Cleaning
+    cleaning: Mapping[str, Cleaning]
+    """Per source."""
     num_buckets: int
     """Groups that the training documents are divided into, by their hash."""
     bands: Bands | None
@@ -91,7 +92,8 @@ class TextRules:
     @property
     def reasons(self) -> list[str]:
         """Why this step may drop a document."""
-        return [*self.cleaning.reasons, *([CONTAMINATED] if self.contaminated_ngram else [])]
+        found = [reason for cleaning in self.cleaning.values() for reason in cleaning.reasons]
+        return [*dict.fromkeys(found), *([CONTAMINATED] if self.contaminated_ngram else [])]
 
 
 @dataclass
@@ -206,7 +208,7 @@ def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Any:
             note(error)
             continue
         counts.read += 1
-        yield rules.cleaning.apply(text)
+        yield rules.cleaning[piece.source].apply(text)
     if not any_record and not counts.num_errors and piece.start == 0:
         note(records.empty_file(piece.file, "document"))
 
@@ -214,9 +216,9 @@ def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Any:
 def _add_documents(
     texts: list[str], rules: TextRules, contaminated: Hashes, counts: _Counts, parts: "_Parts"
 ) -> None:
-    kept = []
+    kept, cleaning = [], rules.cleaning[parts.piece.source]
     for text in texts:
-        reason = rules.cleaning.reason(text)
+        reason = cleaning.reason(text)
         if reason is None:
             kept.append(text)
         else:

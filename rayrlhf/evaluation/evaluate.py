@@ -27,6 +27,7 @@ from rayrlhf import console, lineage, metrics
 from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompts, fitting_prompts, read_records
+from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.evaluation import plots, report
 from rayrlhf.evaluation.diversity import (
@@ -375,7 +376,18 @@ def _about(
         "num_prompts": num_prompts,
         "max_response_tokens": cfg.max_response_tokens,
         "temperature": cfg.temperature,
+        "corpus": _corpus(recipe),
     }
+
+
+def _corpus(recipe: Recipe) -> dict[str, Any] | None:
+    """Return what the report says of the corpus; None for a run without one."""
+    if recipe.corpus is None:
+        return None
+    manifest = read_manifest(recipe.path / "corpus")
+    train = {key: part for key, part in manifest["splits"]["train"].items() if key != "shards"}
+    kept = {key: manifest[key] for key in ("row_length", "epochs", "errors", "num_errors")}
+    return {**kept, "splits": {"train": train}}
 
 
 def _accelerator() -> str:

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.evaluation.cells import definitions, duration, number, table
+from rayrlhf.evaluation.corpus_section import corpus_section
 from rayrlhf.evaluation.plots import Figure
 from rayrlhf.evaluation.style import STYLE
 from rayrlhf.evaluation.words import JUDGES, MODELS, STAGES, model_word
@@ -70,11 +72,12 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 <section><h2>The models</h2>{_models_table(results)}</section>
 {_reward_section(results)}
 {_loss_section(results)}
+{corpus_section(results["corpus"])}
 <section><h2>Figures</h2><div class="figures">{drawn}</div></section>
 {_samples_section(results)}
 <section><h2>What the run was</h2>{_run(results, recipe_yaml)}</section>
 <section><h2>What the numbers mean</h2><div class="card"><details open><summary>Measures</summary>
-<dl style="margin-top:12px">{_definitions(MEASURES)}</dl></details></div></section>
+<dl style="margin-top:12px">{definitions(MEASURES)}</dl></details></div></section>
 </main>
 </body>
 </html>
@@ -148,26 +151,6 @@ def _last_model(results: Results) -> str:
     return [model for model in MODELS if model in results["models"]][-1]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _number(
-    value: float | None, digits: int = 2, *, scale: float = 1.0, unit: str = "", more: str = ""
-) -> str:
-    """A cell: the number, a dash where there is none, and a smaller line under it."""
-    if value is None:
-        return '<span class="muted">&ndash;</span>'
-    small = f'<span class="more">{escape(more)}</span>' if more else ""
-    return f"{scale * value:.{digits}f}{unit}{small}"
-
-
 def _models_table(results: Results) -> str:
     reference = results["reference"]
     rates = results[f"win_rate_vs_{reference}"]
@@ -192,7 +175,7 @@ def _models_table(results: Results) -> str:
                 continue
             low, high = bounds[model][judge]
             cells.append(
-                _number(
+                number(
                     rates[model][judge],
                     0,
                     scale=100,
@@ -202,46 +185,46 @@ def _models_table(results: Results) -> str:
             )
         rating = results["ratings"][model]
         cells.append(
-            _number(
+            number(
                 rating["elo"],
                 0,
                 more="" if model == reference else f"{rating['low']:.0f} to {rating['high']:.0f}",
             )
         )
         cells += [
-            _number(results["kl_ref_per_response"][model], 1),
-            _number(results["entropy_nats_per_token"][model]),
-            _number(results["distinct_2"][model]),
-            _number(results["response_length"][model], 1),
-            _number(results["ended_fraction"][model], 0, scale=100, unit="%"),
+            number(results["kl_ref_per_response"][model], 1),
+            number(results["entropy_nats_per_token"][model]),
+            number(results["distinct_2"][model]),
+            number(results["response_length"][model], 1),
+            number(results["ended_fraction"][model], 0, scale=100, unit="%"),
         ]
         rows.append(cells)
-    return _table(header, rows) + (
+    return table(header, rows) + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
         "small figures are 95% intervals (bootstrap over prompts).</p>"
     )
 
 
 def _reward_section(results: Results) -> str:
-    table = results["reward_model"]
-    if not table:
+    by_source = results["reward_model"]
+    if not by_source:
         return ""
     rows = [
         [
             f"<b>{escape(source)}</b>",
             *[
-                _number(row[key], 1, scale=100, unit="%")
+                number(row[key], 1, scale=100, unit="%")
                 for key in ("pair_accuracy", "human_pair_accuracy", "vader_pair_accuracy")
             ],
-            *[_number(row[key]) for key in ("pearson", "vader_pearson")],
+            *[number(row[key]) for key in ("pearson", "vader_pearson")],
             f"{row['num_texts']:,}",
             f"{row['num_pairs']:,}",
         ]
-        for source, row in table.items()
+        for source, row in by_source.items()
     ]
     return (
         "<section><h2>The reward model on texts it never saw</h2>"
-        + _table(
+        + table(
             [
                 "source",
                 "pair accuracy",
@@ -264,13 +247,13 @@ def _loss_section(results: Results) -> str:
     if not sources:
         return ""
     rows = [
-        [f"<b>{escape(MODELS[model])}</b>", *[_number(losses[model].get(s), 3) for s in sources]]
+        [f"<b>{escape(MODELS[model])}</b>", *[number(losses[model].get(s), 3) for s in sources]]
         for model in MODELS
         if model in losses
     ]
     return (
         "<section><h2>Held-out loss</h2>"
-        + _table(["model", *sources], rows)
+        + table(["model", *sources], rows)
         + '<p class="note">Nats per token; lower is better. Fine-tuning and PPO usually cost '
         "some of it: that price is the alignment tax.</p></section>"
     )
@@ -323,10 +306,10 @@ def _samples_section(results: Results) -> str:
 def _run(results: Results, recipe_yaml: str) -> str:
     seconds = results["seconds"]
     road = "".join(
-        f'<li class="card">{escape(STAGES[stage])}<span>{_duration(spent)}</span></li>'
+        f'<li class="card">{escape(STAGES[stage])}<span>{duration(spent)}</span></li>'
         for stage, spent in seconds.items()
     )
-    total = f" In all {_duration(sum(seconds.values()))}." if len(seconds) > 1 else ""
+    total = f" In all {duration(sum(seconds.values()))}." if len(seconds) > 1 else ""
     facts = {
         "written": results["created"],
         "commit": results["commit"] or "not a checkout",
@@ -337,21 +320,7 @@ def _run(results: Results, recipe_yaml: str) -> str:
     return (
         f'<p class="note">Wall-clock time of each stage.{total}</p><ul class="road">{road}</ul>'
         f'<div class="card" style="padding:14px 18px;margin:0 0 12px"><dl>'
-        f"{_definitions(facts)}</dl></div>"
+        f"{definitions(facts)}</dl></div>"
         f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe_yaml)}</pre>'
         "</details>"
     )
-
-
-def _definitions(entries: Mapping[str, str]) -> str:
-    return "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in entries.items()
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -12,8 +12,9 @@ ENGLISH = "The film is slow at first, but the ending is worth the wait for all w
 GERMAN = "Der Film ist am Anfang langsam, aber das Ende lohnt sich f\u00fcr jeden, der sie mag."
 
 
-def cleaning(**section: Any) -> Cleaning:
-    return Cleaning.of(CorpusConfig.model_validate({"sources": {"a": {"path": "x"}}, **section}))
+def cleaning(source: str = "a", **section: Any) -> Cleaning:
+    sources = {"a": {"path": "x"}, "b": {"path": "y", "filters": ["c4"], "min_chars": 7}}
+    return Cleaning.of(CorpusConfig.model_validate({"sources": sources, **section}), source)
 
 
 def test_the_recipe_names_every_rule() -> None:
@@ -28,6 +29,13 @@ def test_a_family_stands_for_all_of_its_rules() -> None:
         *(name for name in FILTERS if name.startswith("c4_")),
     )
     assert cleaning(filters=["gopher", "c4"]).filters == tuple(FILTERS)
+
+
+def test_a_source_may_have_rules_of_its_own() -> None:
+    own = cleaning("b", filters=["gopher"], min_chars=3, edits=["scrub_ip"])
+    assert own.filters == tuple(name for name in FILTERS if name.startswith("c4_"))
+    assert own.min_chars == 7
+    assert own.edits == ("scrub_ip",)
 
 
 def test_by_default_only_short_documents_are_dropped() -> None:

@@ -230,8 +230,8 @@ def test_documents_that_rules_drop_are_counted_and_quoted(
     assert "<email>" in words
     assert not {"me3@example.org", "lorem", "Anfang", "cathedral"} & words
     table = capsys.readouterr().out
-    assert "- c4 lorem ipsum" in table
-    assert "- c4 curly bracket" not in table  # dropped nothing
+    assert "dropped as c4 lorem ipsum: pages 1" in table
+    assert "c4 curly bracket" not in table  # dropped nothing
 
 
 @pytest.mark.ray

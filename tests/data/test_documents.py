@@ -40,7 +40,7 @@ def run(
     rules = {
         "work": str(Path(piece.file.path).parent / "work"),
         "tokenizer": str(tokenizer),
-        "cleaning": Cleaning(min_chars=2),
+        "cleaning": {"web": Cleaning(min_chars=2)},
         "num_buckets": 2,
         "bands": None,
         "contaminated_ngram": 3 if contaminated.size else 0,

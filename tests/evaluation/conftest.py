@@ -81,6 +81,35 @@ def _results() -> dict[str, Any]:
         ],
         "samples": [{"prompt": "Say <i>it</i>", "answers": dict.fromkeys(MODELS, answer)}],
         "seconds": {"pretrain": 100.0, "sft": 20.0, "evaluate": 30.0},
+        "corpus": _corpus(),
+    }
+
+
+def _corpus() -> dict[str, Any]:
+    web = {
+        "read": 1200,
+        "dropped": {"too_short": 150, "duplicate": 50, "language": 0},
+        "examples": {"too_short": ["<b>Hi</b>"], "duplicate": []},
+        "kept": 1000,
+        "tokens_read": 30_000,
+        "bytes": 120_000,
+        "words": 20_000,
+        "tokens": 45_000,
+    }
+    train = {
+        "rows": 365,
+        "document_tokens": 45_000,
+        "delimiters": 1500,
+        "padding": 220,
+        "tail_tokens_dropped": 0,
+        "sources": {"web": web},
+    }
+    return {
+        "row_length": 128,
+        "epochs": {"web": 1.5},
+        "splits": {"train": train},
+        "errors": ["web/a.jsonl:3: broken <JSON>"],
+        "num_errors": 7,
     }
 
 

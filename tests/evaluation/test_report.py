@@ -152,3 +152,16 @@ def test_report_replaces_the_one_before(results: Results, tmp_path: Path) -> Non
         assert write_report(path, {**results, "name": name}, [], recipe_yaml="") == path
     assert "second" in path.read_text(encoding="utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_the_corpus_has_a_section_with_what_was_dropped_and_why(
+    results: Results, drawn: list[Figure]
+) -> None:
+    text = " ".join(_parse(render(results, drawn, recipe_yaml="")).text.split())
+    assert "365 rows of 128 tokens: 45,000 of documents, 1,500 ends of documents" in text
+    assert "web1,2002001,0001.5045,000100.0%4.001.50" in text.replace(" ", "")
+    assert "too shortweb150<b>Hi</b>" in text
+    assert "7 records or files that can't be read" in text and "broken <JSON>" in text
+    assert "language" not in text.partition("The corpus")[2].partition("Figures")[0]
+    without = render({**results, "corpus": None}, drawn, recipe_yaml="")
+    assert "The corpus" not in without

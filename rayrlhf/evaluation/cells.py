@@ -1,0 +1,38 @@
+"""Pieces of the report that its sections share: tables, numbers, durations; all text escaped."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def number(
+    value: float | None, digits: int = 2, *, scale: float = 1.0, unit: str = "", more: str = ""
+) -> str:
+    """A cell: the number, a dash where there is none, and a smaller line under it."""
+    if value is None:
+        return '<span class="muted">&ndash;</span>'
+    small = f'<span class="more">{escape(more)}</span>' if more else ""
+    return f"{scale * value:.{digits}f}{unit}{small}"
+
+
+def definitions(entries: Mapping[str, str]) -> str:
+    return "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in entries.items()
+    )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
