@@ -1,9 +1,11 @@
 """The loop: resume equals uninterrupted, every stage in one process."""
 
+import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -158,3 +160,67 @@ def test_a_finished_stage_is_left_alone(make_recipe: MakeRecipe) -> None:
     before = (stage.folder / "final" / "model.safetensors").stat().st_mtime_ns
     assert loop.train_stage(stage.recipe, SFTStage) == stage.folder / "final"
     assert (stage.folder / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+class _Rows:
+    """Stands for a stage: micro-batches are the numbers of the records."""
+
+    num_records = 37
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.cfg = recipe, recipe.pretrain
+        self.total_steps = 12
+        self.read: list[list[int]] = []
+
+    def costs(self, indices: Any) -> None:
+        return None
+
+    def microbatches(self, indices: Any) -> list[int]:
+        self.read.append(list(indices))
+        return list(indices)
+
+
+def steps_of(recipe: Recipe, world_size: int, start: int = 1) -> list[list[int]]:
+    """Return what all ranks together read, step by step from `start`."""
+    stages = [_Rows(recipe) for _ in range(world_size)]
+    ahead = [
+        loop.Prefetch(cast(Stage, stage), rank, world_size) for rank, stage in enumerate(stages)
+    ]
+    found = [
+        sorted(row for reader in ahead for row in reader.take(step)[0]) for step in range(start, 13)
+    ]
+    for reader in ahead:
+        reader.close()
+    return found
+
+
+def test_reading_is_the_same_for_any_number_of_workers_and_from_any_step(
+    make_recipe: MakeRecipe,
+) -> None:
+    recipe = make_recipe()
+    whole = steps_of(recipe, 1)
+    assert len(set(sum(whole[:9], []))) == 36  # no row twice in the first epoch
+    for world_size in (2, 3, 5):
+        assert steps_of(recipe, world_size) == whole
+    for start in range(1, 13):
+        assert steps_of(recipe, 1 + start % 3, start) == whole[start - 1 :]
+
+
+def test_the_next_batch_is_read_while_a_step_runs(make_recipe: MakeRecipe) -> None:
+    stage = _Rows(make_recipe())
+    ahead = loop.Prefetch(cast(Stage, stage), 0, 1)
+    ahead.take(1)
+    deadline = time.monotonic() + 10
+    while len(stage.read) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(stage.read) == 2  # step 2, which nobody has asked for yet
+    assert ahead.take(12)[0] == stage.read[-1]
+    ahead.close()
+    assert len(stage.read) == 3  # nothing after the last step
+
+
+def test_waiting_for_data_is_a_metric(make_recipe: MakeRecipe) -> None:
+    stage = fresh(make_recipe(), PretrainStage)
+    loop.run(stage, CPU)
+    lines = [json.loads(line) for line in (stage.folder / "metrics.jsonl").open()]
+    assert all(line["time/data_wait_s"] >= 0 for line in lines)
