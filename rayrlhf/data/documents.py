@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from rayrlhf.config import RecipeError
 from rayrlhf.data import inputs, near_duplicates, records
 from rayrlhf.data.cleaning import Cleaning
-from rayrlhf.data.inputs import InputFile
 from rayrlhf.data.near_duplicates import Bands
 from rayrlhf.data.ngrams import Hashes, ngram_hashes, share_any
+from rayrlhf.data.storage import InputFile
 
 CONTAMINATED = "contaminated"
 NUM_EXAMPLES = 3

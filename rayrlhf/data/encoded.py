@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
-from rayrlhf.data import inputs, records
+from rayrlhf.data import inputs, records, storage
 from rayrlhf.data.datasets import (
     Comparison,
     Example,
@@ -32,9 +32,9 @@ from rayrlhf.data.datasets import (
     encode_demonstration,
     encode_prompt,
 )
-from rayrlhf.data.inputs import InputFile
 from rayrlhf.data.job import run_tasks
 from rayrlhf.data.records import Kind, Record
+from rayrlhf.data.storage import InputFile
 from rayrlhf.data.tokenizer import load_tokenizer
 
 BYTES_IN_PLACE = 32 * 2**20
@@ -135,7 +135,7 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
     content += (tokenizer / "tokenizer_config.json").read_bytes()
     template = tokenizer / "chat_template.jinja"
     content += template.read_bytes() if template.exists() else b""
-    plan = [_FORMAT, inputs.fingerprint(path), hashlib.sha256(content).hexdigest(), max_length]
+    plan = [_FORMAT, storage.fingerprint(path), hashlib.sha256(content).hexdigest(), max_length]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     folder = recipe.path.resolve() / ".encoded" / f"{kind}-{key}"
     done = folder / "account.json"
@@ -241,7 +241,7 @@ def _row(
 
 def _pieces(path: str) -> list[dict[str, Any]]:
     found = [
-        (file, span) for file in inputs.find(path) for span in inputs.spans(file, BYTES_IN_PLACE)
+        (file, span) for file in storage.find(path) for span in inputs.spans(file, BYTES_IN_PLACE)
     ]
     return [
         {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayrlhf.config import RecipeError
-from rayrlhf.data import inputs
+from rayrlhf.data import inputs, storage
 from rayrlhf.data.inputs import Record
 
 __all__ = ["Kind", "Record", "check", "check_exactly", "iter_records", "read_records"]
@@ -30,7 +30,7 @@ def read_records(path: str | Path, kind: Kind) -> list[Record]:
 
 def iter_records(path: str | Path, kind: Kind) -> Iterator[Record]:
     """Yield what `read_records` returns, holding one line (or one row group) at a time."""
-    for file in inputs.find(path):
+    for file in storage.find(path):
         empty = True
         for where, record in inputs.read(file):
             empty = False
@@ -44,7 +44,7 @@ def check(where: str, record: Record, kind: Kind) -> Record:
     return _CHECKS[kind](where, record)
 
 
-def check_exactly(file: inputs.InputFile, where: str, record: Record, kind: Kind) -> Record:
+def check_exactly(file: storage.InputFile, where: str, record: Record, kind: Kind) -> Record:
     """Do as `check`; an error names the line, where `where` only has the byte of a later piece."""
     try:
         return check(where, record, kind)
@@ -53,7 +53,7 @@ def check_exactly(file: inputs.InputFile, where: str, record: Record, kind: Kind
         return check(inputs.exact_place(file, where), record, kind)
 
 
-def empty_file(file: inputs.InputFile, kind: Kind) -> RecipeError:
+def empty_file(file: storage.InputFile, kind: Kind) -> RecipeError:
     """Return the error about a file without records."""
     return RecipeError(
         f"{file}: empty file, but at least one {kind} record is needed: "

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from rayrlhf.config import RecipeError
-from rayrlhf.data.inputs import open_file
+from rayrlhf.data.storage import open_file
 
 Rows = npt.NDArray[np.int32]
 BYTES_HASHED = 2**30

@@ -61,7 +61,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """
     folder = recipe.path / "tokenizer"
     source = source_of(recipe)
-    if source is not None and _origin(folder) != source:
+    if source is not None and origin_of(folder) != source:
         save_tokenizer(_load(builtin.resolve(source)), folder, origin=source)
     if not (folder / "tokenizer_config.json").is_file():
         raise RecipeError(
@@ -169,7 +169,8 @@ def _template_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _origin(folder: Path) -> str | None:
+def origin_of(folder: Path) -> str | None:
+    """Return what `save_tokenizer` was told of the origin of a tokenizer; None without one."""
     file = folder / _ORIGIN
     if not file.is_file():
         return None

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from rayrlhf.config import Recipe, RecipeError, parse
-from rayrlhf.data import corpus
+from rayrlhf.data import corpus, sources
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.data.tokenizer import load_tokenizer
 
@@ -110,16 +110,16 @@ def test_bad_input_is_found_before_ray_starts(
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], package: str
 ) -> None:
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=rf"{package}: pip install 'rayrlhf\[corpus\]'"):
         corpus.build_corpus(recipe_for(tmp_path, "run", **section))
 
 
 def test_large_files_are_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "BYTES_PER_PIECE", 1000)
+    monkeypatch.setattr(sources, "BYTES_PER_PIECE", 1000)
     recipe = recipe_for(tmp_path, "run")
     assert recipe.corpus is not None
-    pieces = corpus.pieces_of(recipe.corpus)
+    pieces = sources.pieces_of(recipe.corpus)
     assert [p.number for p in pieces] == list(range(len(pieces)))
     own = [p for p in pieces if p.file.path.endswith("1.jsonl")]
     assert [p.start for p in own] == [0, *(p.end for p in own[:-1])]
@@ -140,7 +140,7 @@ def test_the_whole_stage(cluster: None, tmp_path: Path, monkeypatch: pytest.Monk
     _check_manifest(manifest)
     _check_rows(recipe, folder, manifest)
     # Other pieces, blocks and order of tasks: the same bytes.
-    monkeypatch.setattr(corpus, "BYTES_PER_PIECE", 1000)
+    monkeypatch.setattr(sources, "BYTES_PER_PIECE", 1000)
     again = corpus.build_corpus(recipe_for(tmp_path, "again"))
     assert _bytes(again) == _bytes(folder)
     # Another seed and more buckets: other shards, the same documents.
@@ -256,14 +256,14 @@ def test_bad_files_are_named_and_the_rest_kept(
     )
     (web / "6-empty.jsonl").write_bytes(b"")
     (web / "7-gone.jsonl").write_bytes(good)
-    pieces_of = corpus.pieces_of
+    pieces_of = sources.pieces_of
 
     def and_then_one_vanishes(config: Any) -> Any:
         pieces = pieces_of(config)
         (web / "7-gone.jsonl").unlink(missing_ok=True)
         return pieces
 
-    monkeypatch.setattr(corpus, "pieces_of", and_then_one_vanishes)
+    monkeypatch.setattr(sources, "pieces_of", and_then_one_vanishes)
     tree: dict[str, Any] = {
         "name": "toy",
         "run_dir": str(tmp_path / "run"),
@@ -293,7 +293,7 @@ def test_bad_files_are_named_and_the_rest_kept(
     assert counts["kept"] >= 50 + 2 * 20  # the texts that the others do not have
     assert counts["read"] >= 150
     # The first of them ends the job when it is told to fail, in a worker as in the first check.
-    monkeypatch.setattr(corpus, "check_pieces", lambda pieces, config: None)
+    monkeypatch.setattr(sources, "check_pieces", lambda pieces, config: None)
     tree["corpus"]["on_error"] = "fail"
     with pytest.raises(RecipeError, match=r"cannot be read|no column|MiB|NUL|UTF-8|empty|vanished"):
         corpus.build_corpus(parse(tree))
@@ -302,9 +302,9 @@ def test_bad_files_are_named_and_the_rest_kept(
 KILLED = """
 import sys
 from pathlib import Path
-from rayrlhf.data import corpus
+from rayrlhf.data import corpus, sources
 from tests.data.test_corpus import recipe_for
-corpus.BYTES_PER_PIECE, corpus.BYTES_PER_BUCKET = 1000, 3000
+sources.BYTES_PER_PIECE, corpus.BYTES_PER_BUCKET = 1000, 3000
 corpus.build_corpus(recipe_for(Path(sys.argv[1]), "killed"))
 """
 
@@ -314,7 +314,7 @@ corpus.build_corpus(recipe_for(Path(sys.argv[1]), "killed"))
 def test_a_killed_job_goes_on_without_repeating_what_is_finished(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "BYTES_PER_PIECE", 1000)
+    monkeypatch.setattr(sources, "BYTES_PER_PIECE", 1000)
     monkeypatch.setattr(corpus, "BYTES_PER_BUCKET", 3000)
     recipe = recipe_for(tmp_path, "killed")  # writes the input
     root = Path(__file__).parents[2]

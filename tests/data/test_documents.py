@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrlhf.data import documents, inputs
+from rayrlhf.data import documents, storage
 from rayrlhf.data.cleaning import Cleaning, clean
 from rayrlhf.data.documents import Piece, TextRules, bucket_of, text_hash, tokenize_piece
 from rayrlhf.data.ngrams import Hashes, ngram_hashes
@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def piece_of(folder: Path, content: bytes, *, split: str = "train", number: int = 0) -> Piece:
     path = folder / f"{number}.jsonl"
     path.write_bytes(content)
-    return Piece(number, "web", split, inputs.find(path)[0], 0, len(content))
+    return Piece(number, "web", split, storage.find(path)[0], 0, len(content))
 
 
 def lines(*texts: str) -> bytes:

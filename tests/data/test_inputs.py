@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.config import RecipeError
-from rayrlhf.data import inputs
-from rayrlhf.data.inputs import InputFile, find, read, spans
+from rayrlhf.data import inputs, storage
+from rayrlhf.data.inputs import read, spans
+from rayrlhf.data.storage import InputFile, find
 
 TEXTS = ["one", "two\nlines", "caf\u00e9 \U0001f600"]
 
@@ -267,13 +268,13 @@ def test_a_fingerprint_follows_content_and_not_time(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(TEXTS))
-    first = inputs.fingerprint(path)
+    first = storage.fingerprint(path)
     os.utime(path, (1, 1))
-    assert inputs.fingerprint(path) == first
+    assert storage.fingerprint(path) == first
     path.write_bytes(lines(TEXTS[::-1]))
-    assert inputs.fingerprint(path) != first
+    assert storage.fingerprint(path) != first
     # Large files are known by size and time alone.
-    monkeypatch.setattr(inputs, "BYTES_HASHED", 10)
-    first = inputs.fingerprint(path)
+    monkeypatch.setattr(storage, "BYTES_HASHED", 10)
+    first = storage.fingerprint(path)
     os.utime(path, (1, 1))
-    assert inputs.fingerprint(path) != first
+    assert storage.fingerprint(path) != first

@@ -1,0 +1,217 @@
+"""Files on any filesystem that pyarrow opens: find them, know them again, open them.
+
+A path may be local, or a URI such as `s3://`, `gs://` or `hf://datasets/user/name`; it names a
+file, a folder (with its subfolders) or a glob.
+"""
+
+import fnmatch
+import gzip
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import pyarrow as pa
+from pyarrow import fs
+
+from rayrlhf.config import RecipeError
+from rayrlhf.data import builtin
+
+BYTES_HASHED = 256 * 2**20
+"""Larger files are known by size and time of their last change."""
+_FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".txt": "text",
+    ".md": "text",
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source."""
+
+    path: str
+    """Local path or URI."""
+    size: int
+    """Bytes."""
+    modified: int
+    """Time of the last change, ns; 0 where the filesystem doesn't tell."""
+
+    @property
+    def format(self) -> str:
+        """`jsonl`, `parquet`, `warc` or `text`, by the ending."""
+        return _FORMATS.get(_suffixes(self.path)[0], "text")
+
+    @property
+    def compression(self) -> str | None:
+        """`gzip`, `zstd` or None, by the ending."""
+        return _COMPRESSIONS.get(_suffixes(self.path)[1])
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def find(path: str | Path) -> list[InputFile]:
+    """Return the files that `path` names, sorted; raises RecipeError when there is none."""
+    name = builtin.resolve(str(path))
+    system, inner, prefix = _filesystem(name)
+    try:
+        info = system.get_file_info(inner)
+        if info.type == fs.FileType.File:
+            return [_input_file(info, prefix)]
+        if info.type == fs.FileType.Directory:
+            found = [i for i in _below(system, inner) if _suffixes(i.path)[0] in _FORMATS]
+        else:
+            found = _matching(system, inner)
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be listed ({error}): check the address, the network and the "
+            "credentials"
+        ) from None
+    if found:
+        return sorted((_input_file(i, prefix) for i in found), key=lambda file: file.path)
+    if info.type == fs.FileType.Directory:
+        raise RecipeError(
+            f"{path}: no {', '.join(_FORMATS)} file in this folder: "
+            "name the folder or the file that holds the records"
+        )
+    raise RecipeError(
+        f"{path}: no such file: correct the path in the recipe "
+        f"(relative paths start at {Path.cwd()})"
+    )
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return a hash of the files that `path` names.
+
+    Of local files up to BYTES_HASHED it covers the content, so that a copy or a new checkout is
+    the same; of larger and remote ones size and time, because reading them takes too long.
+    """
+    digest = hashlib.sha256()
+    for file in find(path):
+        digest.update(f"{file.path}\0{file.size}\0".encode())
+        if "://" in file.path or file.size > BYTES_HASHED:
+            digest.update(str(file.modified).encode())
+        else:
+            with open(file.path, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_file(path: str) -> Any:
+    """Return a local path or URI as a random-access pyarrow file."""
+    system, inner, _ = _filesystem(path)
+    return system.open_input_file(inner)
+
+
+def open_stream(file: InputFile) -> IO[bytes]:
+    """Open for reading from the start, decompressed; what a broken stream still holds is read."""
+    if "://" not in file.path:
+        raw: IO[bytes] = open(file.path, "rb")  # noqa: SIM115
+    else:
+        system, inner, _ = _filesystem(file.path)
+        raw = cast(IO[bytes], io.BufferedReader(_Forward(system.open_input_stream(inner)), 2**20))
+    if file.compression == "gzip":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if file.compression == "zstd":
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+        return cast(IO[bytes], io.BufferedReader(_Forward(stream), 2**16))
+    return raw
+
+
+def _suffixes(path: str) -> tuple[str, str]:
+    """Return (suffix of the format, suffix of the compression or '')."""
+    pure = PurePosixPath(path.lower())
+    if pure.suffix in _COMPRESSIONS:
+        return PurePosixPath(pure.stem).suffix, pure.suffix
+    return pure.suffix, ""
+
+
+def _filesystem(name: str) -> tuple[fs.FileSystem, str, str]:
+    """Return (filesystem, path on it, what to put before a path on it to get a URI)."""
+    scheme, mark, rest = name.partition("://")
+    if not mark:
+        return fs.LocalFileSystem(), name, ""
+    # A pattern is no URI: `?` begins a query there.
+    parts = rest.split("/")
+    fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), len(parts))
+    try:
+        system, inner = fs.FileSystem.from_uri(f"{scheme}://{'/'.join(parts[:fixed])}")
+    except (pa.ArrowInvalid, ValueError, ImportError, OSError) as error:
+        raise RecipeError(
+            f"{name}: no filesystem for this address ({str(error).partition(chr(10))[0]}): use a "
+            "local path, or a URI that pyarrow opens, such as s3://bucket/folder"
+        ) from None
+    prefix = "" if scheme == "file" else f"{scheme}://"
+    return system, "/".join([inner.rstrip("/"), *parts[fixed:]]), prefix
+
+
+def _is_pattern(part: str) -> bool:
+    return bool(set(part) & set("*?["))
+
+
+def _input_file(info: fs.FileInfo, prefix: str) -> InputFile:
+    path = info.path if prefix else str(Path(info.path).absolute())
+    return InputFile(prefix + path, info.size or 0, info.mtime_ns or 0)
+
+
+def _below(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    found = system.get_file_info(fs.FileSelector(folder, recursive=True))
+    return [info for info in found if info.type == fs.FileType.File]
+
+
+def _matching(system: fs.FileSystem, pattern: str) -> list[fs.FileInfo]:
+    """Return the files below the pattern's fixed part that match it; `**` crosses folders."""
+    parts = pattern.split("/")
+    fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), None)
+    if fixed is None:
+        return []
+    folder = "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else ".")
+    if system.get_file_info(folder).type != fs.FileType.Directory:
+        return []
+    wanted = parts[fixed:]
+    depth = len(PurePosixPath(folder).parts)
+    return [
+        info
+        for info in _below(system, folder)
+        if _matches(list(PurePosixPath(info.path).parts[depth:]), wanted)
+    ]
+
+
+def _matches(parts: list[str], wanted: list[str]) -> bool:
+    if not wanted or not parts:
+        return not parts and all(want == "**" for want in wanted)
+    if wanted[0] == "**":
+        return _matches(parts, wanted[1:]) or _matches(parts[1:], wanted)
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
+class _Forward(io.RawIOBase):
+    """A stream of pyarrow as one of Python that goes forward only."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._stream.readinto(buffer))
+        self._position += count
+        return count
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
