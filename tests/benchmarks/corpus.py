@@ -162,7 +162,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="2 MB, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.megabytes = 2.0
     folder = Path(tempfile.mkdtemp(prefix="rayrlhf-corpus-"))
     try:
         with (folder / "text.jsonl").open("w", encoding="utf-8") as file:

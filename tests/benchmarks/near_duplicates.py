@@ -50,7 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="400 documents, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.documents = 400
     texts, pairs = planted(arguments.documents)
     settings = NearDuplicates(ngram=NGRAM)
     bands = Bands(**settings.model_dump(), num_partitions=4)

@@ -1,6 +1,6 @@
 """Seconds of one reward-model step: responses packed into rows, against padded ones.
 
-    python tests/benchmarks/packing.py [--repeats 5] [--threads 1]
+    python tests/benchmarks/packing.py [--repeats 5] [--threads 1] [--quick]
 
 Both score the same responses, 8 comparisons of 4 to 9, with the quickstart's model, forward and
 backward; the packed rows let no response see another. `utilisation` is the model's useful
@@ -102,7 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="once, to see that it runs")
     args = parser.parse_args()
+    if args.quick:
+        args.repeats = 1
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = LlamaConfig(
