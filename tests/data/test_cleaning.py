@@ -9,7 +9,7 @@ from rayrlhf.data.cleaning import Cleaning, identify
 from rayrlhf.data.quality import EDITS, FILTERS
 
 ENGLISH = "The film is slow at first, but the ending is worth the wait for all who like her work."
-GERMAN = "Der Film ist am Anfang langsam, aber das Ende lohnt sich f\u00fcr jeden, der sie mag."
+GERMAN = "Der Film kommt am Anfang kaum voran, aber es lohnt sich doch f\u00fcr jeden Zuschauer."
 
 
 def cleaning(source: str = "a", **section: Any) -> Cleaning:

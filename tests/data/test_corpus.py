@@ -161,7 +161,9 @@ def test_the_whole_stage(cluster: None, tmp_path: Path, monkeypatch: pytest.Monk
 def test_documents_that_rules_drop_are_counted_and_quoted(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    german = "Der Film ist am Anfang langsam, aber das Ende lohnt sich f\u00fcr alle Zuschauer."
+    german = (
+        "Der Film kommt am Anfang kaum voran, aber es lohnt sich doch f\u00fcr jeden Zuschauer."
+    )
     latin = "Nobody in the audience could say why the actor said lorem ipsum in this film."
     story = "Once there was a man who had a long story to tell, and he told it to everyone he met"
     question = "In which year did the great fire of London destroy the old cathedral of St Paul?"
@@ -171,7 +173,9 @@ def test_documents_that_rules_drop_are_counted_and_quoted(
         tmp_path / "pages.jsonl",
         [*pages, german, latin, "Too short.", *stories, f"Q: {question} A: 1666"],
     )
-    write(tmp_path / "held.jsonl", [f"{latin.replace('lorem ipsum', 'so')} Really."])
+    held = [f"{latin.replace('lorem ipsum', 'so')} Really."]
+    # Enough beside it for a held-out row.
+    write(tmp_path / "held.jsonl", held + [f"{sentence(n)} Held {n}." for n in range(200, 212)])
     near = f"{latin.replace('lorem ipsum', 'so')} Truly."
     write(
         tmp_path / "notes.jsonl",
@@ -252,7 +256,7 @@ def test_bad_files_are_named_and_the_rest_kept(
     (web / "3-long.jsonl").write_bytes(long + good.replace(b"movie", b"MOVIE"))
     (web / "4-nul.txt").write_bytes(b"a\0b")
     (web / "5-latin1.jsonl").write_bytes(
-        '{"text": "caf\u00e9"}\n'.encode("latin1") + good.replace(b"film", b"FILM")
+        '{"text": "touch\u00e9"}\n'.encode("latin1") + good.replace(b"film", b"FILM")
     )
     (web / "6-empty.jsonl").write_bytes(b"")
     (web / "7-gone.jsonl").write_bytes(good)
@@ -282,7 +286,7 @@ def test_bad_files_are_named_and_the_rest_kept(
         ("2-schema.parquet", "no column text, only content"),
         ("3-long.jsonl:1", "more than 64 MiB in one record"),
         ("4-nul.txt:1", "NUL bytes, so this is not a text file"),
-        ("5-latin1.jsonl:1", "invalid UTF-8 at byte 14 of the line"),
+        ("5-latin1.jsonl:1", "invalid UTF-8 at byte 16 of the line"),
         ("6-empty.jsonl", "empty file, but at least one document record is needed"),
         ("7-gone.jsonl", "vanished since it was listed"),
     ]

@@ -17,7 +17,7 @@ from rayrlhf.data import inputs, storage
 from rayrlhf.data.inputs import read, spans
 from rayrlhf.data.storage import InputFile, find
 
-TEXTS = ["one", "two\nlines", "caf\u00e9 \U0001f600"]
+TEXTS = ["one", "two\nlines", "touch\u00e9 \U0001f600"]
 
 
 def lines(texts: list[str]) -> bytes:
@@ -156,7 +156,7 @@ def test_common_crawl(tmp_path: Path) -> None:
     assert [record for _, record in read(find(path)[0])] == [
         {"text": text, "url": f"http://x.org/{n}"} for n, text in enumerate(TEXTS, start=1)
     ]
-    page = "<html><head><script>x()</script></head><body><p>Caf\u00e9 text.</p></body></html>"
+    page = "<html><head><script>x()</script></head><body><p>Touch\u00e9 text.</p></body></html>"
     path = tmp_path / "b.warc.gz"
     path.write_bytes(
         warc(
@@ -169,16 +169,16 @@ def test_common_crawl(tmp_path: Path) -> None:
             ("response", "HTTP/1.1 200 OK\r\nContent-Type: image/png", b"\x89PNG"),
         )
     )
-    assert texts_of(path) == ["Caf\u00e9 text."]
+    assert texts_of(path) == ["Touch\u00e9 text."]
 
 
 BROKEN: list[tuple[str, bytes, list[str], str]] = [
     ("a.jsonl", lines(TEXTS[:1]) + b'{"text"\n' + lines(TEXTS[1:]), TEXTS, r"a\.jsonl:2: broken"),
     (
         "a.jsonl",
-        lines(TEXTS[:1]) + '{"text": "caf\u00e9"}\n'.encode("latin1") + lines(TEXTS[1:]),
+        lines(TEXTS[:1]) + '{"text": "touch\u00e9"}\n'.encode("latin1") + lines(TEXTS[1:]),
         TEXTS,
-        r"a\.jsonl:2: invalid UTF-8 at byte 14",
+        r"a\.jsonl:2: invalid UTF-8 at byte 16",
     ),
     ("a.jsonl", b'{"text": "a\0b"}\n' + lines(TEXTS), TEXTS, r"a\.jsonl:1: broken JSON"),
     ("a.txt", b"one\ntwo\0", [], r"a\.txt:2: NUL bytes"),

@@ -100,7 +100,7 @@ def test_sigkill_of_the_whole_group_then_the_same_command(
             check=True,
         )
 
-    clocks = ("time", "time/step_s", "tokens_per_s")
+    clocks = ("time", "time/step_s", "time/data_wait_s", "tokens_per_s")
     resumed, expected = (
         [
             {key: value for key, value in line.items() if key not in clocks}
