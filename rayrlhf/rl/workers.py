@@ -202,7 +202,7 @@ class ActorWorker(TrainedWorker):
                 if not first:
                     clipped = self.backend.global_sum(sums["policy/clip_fraction"])
                     first = {
-                        "policy/first_ratio": self.backend.global_max(largest),
+                        "policy/first_ratio": 1 + self.backend.global_max(largest),
                         "policy/first_clip_fraction": clipped / num_tokens,
                     }
         reduced = self.reduce(sums)

@@ -66,7 +66,7 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: i
     for step in range(2):
         rows, _ = actor.log_probs(rollout, step)
         metrics = actor.update(experience(rollout, flat(rows), torch.randn(len(flat(rows)))), step)
-        assert metrics["policy/first_ratio"] == 0.0
+        assert metrics["policy/first_ratio"] == 1.0
         assert metrics["policy/first_clip_fraction"] == 0.0
         assert metrics["policy/approx_kl"] > 0  # later minibatches are off-policy
 
@@ -225,7 +225,7 @@ def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
     _, mixed, metrics = run(5.0)
     assert without == digest(actor)
     assert mixed < none - 0.2
-    assert metrics["policy/first_ratio"] == 0.0
+    assert metrics["policy/first_ratio"] == 1.0
     assert 0 < metrics["ptx/loss"] < 2.6  # nats per token, about ln 12 at the start
 
 
