@@ -9,6 +9,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import IO, Any
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ OnError = Callable[[RecipeError], None]
 """What to do about a record or file that can't be read; reading goes on when it returns."""
 MAX_RECORD_BYTES = 64 * 2**20
 """Longer lines and text files are not documents; they would fill a worker's memory."""
-_AT_BYTE = " at byte "
+_AFTER_BYTE = " after byte "
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -99,6 +100,10 @@ def parse_line(line: bytes, where: str) -> Record:
             f"{where}: broken JSON at column {error.colno} ({error.msg}): every line "
             "must be one complete JSON object"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{where}: JSON that Python can't hold ({error}): correct or remove this record"
+        ) from None
     if b"\\ud" in line.lower():
         _no_half_characters(where, record)
     if not isinstance(record, dict):
@@ -110,19 +115,25 @@ def parse_line(line: bytes, where: str) -> Record:
 
 
 def exact_place(file: InputFile, where: str) -> str:
-    """Return `where` as file:line; a record of a later span has only its byte at first.
+    """Return `where` as file:line; a record of a later span only has its line there at first.
 
     Counting the lines before takes time, so this is for what goes wrong.
     """
-    path, mark, byte = where.rpartition(_AT_BYTE)
+    path, mark, place = where.rpartition(_AFTER_BYTE)
     if not mark:
         return where
-    lines, left = 0, int(byte)
+    byte, _, number = place.partition(":")
+    return f"{path}:{_lines_before(file, int(byte)) + int(number)}"
+
+
+@lru_cache(maxsize=64)
+def _lines_before(file: InputFile, byte: int) -> int:
+    lines = 0
     with open_stream(file) as stream:
-        while left and (block := stream.read(min(left, 2**24))):
+        while byte and (block := stream.read(min(byte, 2**24))):
             lines += block.count(b"\n")
-            left -= len(block)
-    return f"{path}:{lines + 1}"
+            byte -= len(block)
+    return lines
 
 
 class _UntilBroken(io.RawIOBase):
@@ -158,15 +169,15 @@ def _json_lines(
             position = stream.tell()
         else:
             position = 0
-        number = 1
+        origin, number = position, 1
         while whole or position < end:
-            line = stream.readline(MAX_RECORD_BYTES + 1)
+            line = stream.readline(MAX_RECORD_BYTES + 2)
             if not line:
                 return
             here, position = position, position + len(line)
-            where = f"{file}{_AT_BYTE}{here}" if start else f"{file}:{number}"
-            if len(line) > MAX_RECORD_BYTES:
-                position += _skip_line(stream)
+            where = f"{file}{_AFTER_BYTE}{origin}:{number}" if origin else f"{file}:{number}"
+            if len(line.rstrip(b"\r\n")) > MAX_RECORD_BYTES:
+                position += 0 if line.endswith(b"\n") else _skip_line(stream)
                 on_error(_too_long(exact_place(file, where)))
             elif stripped := line.removeprefix(_BOM if here == 0 else b"").strip():
                 try:
@@ -266,9 +277,11 @@ def _pages(file: InputFile, on_error: OnError) -> Iterator[tuple[str, Record]]:
     with open_stream(file) as opened:
         # fastwarc decompresses too, but doesn't say when a stream ends too early.
         stream = _UntilBroken(opened)
-        pages = ArchiveIterator(stream, record_types=wanted, max_content_length=MAX_RECORD_BYTES)
-        for number, page in enumerate(pages, start=1):
+        for number, page in enumerate(ArchiveIterator(stream, record_types=wanted), start=1):
             where = f"{file}:{number}"
+            if page.content_length > MAX_RECORD_BYTES:
+                on_error(_too_long(where))
+                continue
             url = page.headers.get("WARC-Target-URI", "")
             body = page.reader.read()
             if page.record_type == WarcRecordType.conversion:

@@ -8,13 +8,20 @@ import fnmatch
 import gzip
 import hashlib
 import io
+import os
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import pyarrow as pa
 from pyarrow import fs
 
+from rayrlhf import console
 from rayrlhf.config import RecipeError
 from rayrlhf.data import builtin
 
@@ -31,6 +38,9 @@ _FORMATS = {
     ".md": "text",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_REMOTE_BLOCK = 4 * 2**20
+"""Bytes that one request to a remote filesystem asks for."""
+_QUERY = re.compile(r"\?\w+=[^*?/\[]*$")
 
 
 @dataclass(frozen=True)
@@ -60,23 +70,24 @@ class InputFile:
 
 def find(path: str | Path) -> list[InputFile]:
     """Return the files that `path` names, sorted; raises RecipeError when there is none."""
-    name = builtin.resolve(str(path))
-    system, inner, prefix = _filesystem(name)
+    place = _locate(builtin.resolve(str(path)))
     try:
-        info = system.get_file_info(inner)
+        info = place.system.get_file_info(place.path)
         if info.type == fs.FileType.File:
-            return [_input_file(info, prefix)]
+            return [_input_file(info, place)]
         if info.type == fs.FileType.Directory:
-            found = [i for i in _below(system, inner) if _suffixes(i.path)[0] in _FORMATS]
+            below = _below(place.system, place.path)
+            found = [i for i in below if _suffixes(i.path)[0] in _FORMATS]
+            _report_ignored(path, below, found)
         else:
-            found = _matching(system, inner)
+            found = _matching(place.system, place.path)
     except OSError as error:
         raise RecipeError(
             f"{path}: cannot be listed ({error}): check the address, the network and the "
             "credentials"
         ) from None
     if found:
-        return sorted((_input_file(i, prefix) for i in found), key=lambda file: file.path)
+        return sorted((_input_file(i, place) for i in found), key=lambda file: file.path)
     if info.type == fs.FileType.Directory:
         raise RecipeError(
             f"{path}: no {', '.join(_FORMATS)} file in this folder: "
@@ -92,10 +103,15 @@ def fingerprint(path: str | Path) -> str:
     """Return a hash of the files that `path` names.
 
     Of local files up to BYTES_HASHED it covers the content, so that a copy or a new checkout is
-    the same; of larger and remote ones size and time, because reading them takes too long.
+    the same; of larger and remote ones size and time, because reading them takes too long. That
+    there is no file is for whoever reads them to say.
     """
+    try:
+        files = find(path)
+    except RecipeError:
+        return "nothing"
     digest = hashlib.sha256()
-    for file in find(path):
+    for file in files:
         digest.update(f"{file.path}\0{file.size}\0".encode())
         if "://" in file.path or file.size > BYTES_HASHED:
             digest.update(str(file.modified).encode())
@@ -107,8 +123,8 @@ def fingerprint(path: str | Path) -> str:
 
 def open_file(path: str) -> Any:
     """Return a local path or URI as a random-access pyarrow file."""
-    system, inner, _ = _filesystem(path)
-    return system.open_input_file(inner)
+    place = _locate(path)
+    return place.system.open_input_file(place.path)
 
 
 def open_stream(file: InputFile) -> IO[bytes]:
@@ -116,8 +132,8 @@ def open_stream(file: InputFile) -> IO[bytes]:
     if "://" not in file.path:
         raw: IO[bytes] = open(file.path, "rb")  # noqa: SIM115
     else:
-        system, inner, _ = _filesystem(file.path)
-        raw = cast(IO[bytes], io.BufferedReader(_Forward(system.open_input_stream(inner)), 2**20))
+        # A stream that can seek: a piece of JSON lines begins anywhere in the file.
+        raw = cast(IO[bytes], io.BufferedReader(open_file(file.path), _REMOTE_BLOCK))
     if file.compression == "gzip":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if file.compression == "zstd":
@@ -128,38 +144,78 @@ def open_stream(file: InputFile) -> IO[bytes]:
 
 def _suffixes(path: str) -> tuple[str, str]:
     """Return (suffix of the format, suffix of the compression or '')."""
-    pure = PurePosixPath(path.lower())
+    pure = PurePosixPath(_QUERY.sub("", path.lower()))
     if pure.suffix in _COMPRESSIONS:
         return PurePosixPath(pure.stem).suffix, pure.suffix
     return pure.suffix, ""
 
 
-def _filesystem(name: str) -> tuple[fs.FileSystem, str, str]:
-    """Return (filesystem, path on it, what to put before a path on it to get a URI)."""
+@dataclass(frozen=True)
+class _Place:
+    """A path on a filesystem, and what makes a URI of a path there."""
+
+    system: fs.FileSystem
+    path: str
+    before: str = ""
+    after: str = ""
+
+    def uri(self, path: str) -> str:
+        """Return the name that `_locate` finds `path` by."""
+        return f"{self.before}{path}{self.after}" if self.before else str(Path(path).absolute())
+
+
+def _locate(name: str) -> _Place:
     scheme, mark, rest = name.partition("://")
     if not mark:
-        return fs.LocalFileSystem(), name, ""
-    # A pattern is no URI: `?` begins a query there.
-    parts = rest.split("/")
-    fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), len(parts))
+        return _Place(fs.LocalFileSystem(), name)
+    # `?` is a pattern's, unless it begins options such as ?endpoint_override=host:port.
+    options = found.group() if (found := _QUERY.search(rest)) else ""
+    first, *parts = rest.removesuffix(options).split("/")
     try:
-        system, inner = fs.FileSystem.from_uri(f"{scheme}://{'/'.join(parts[:fixed])}")
+        system, root = _filesystem(f"{scheme}://{first or '/'}{options}")
     except (pa.ArrowInvalid, ValueError, ImportError, OSError) as error:
         raise RecipeError(
             f"{name}: no filesystem for this address ({str(error).partition(chr(10))[0]}): use a "
             "local path, or a URI that pyarrow opens, such as s3://bucket/folder"
         ) from None
-    prefix = "" if scheme == "file" else f"{scheme}://"
-    return system, "/".join([inner.rstrip("/"), *parts[fixed:]]), prefix
+    user = first[: first.rfind("@") + 1]
+    before = "" if scheme == "file" else f"{scheme}://{user}"
+    return _Place(system, "/".join([root.rstrip("/"), *parts]), before, options)
+
+
+@lru_cache(maxsize=64)
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return the filesystem of a bucket or host, and the path of its root; connects once."""
+    system, root = fs.FileSystem.from_uri(uri)
+    return system, root
 
 
 def _is_pattern(part: str) -> bool:
     return bool(set(part) & set("*?["))
 
 
-def _input_file(info: fs.FileInfo, prefix: str) -> InputFile:
-    path = info.path if prefix else str(Path(info.path).absolute())
-    return InputFile(prefix + path, info.size or 0, info.mtime_ns or 0)
+def _input_file(info: fs.FileInfo, place: _Place) -> InputFile:
+    return InputFile(place.uri(info.path), info.size or 0, info.mtime_ns or 0)
+
+
+def _report_ignored(
+    path: str | Path, below: Sequence[fs.FileInfo], found: Sequence[fs.FileInfo]
+) -> None:
+    """Say which files of a folder have an ending that names no format, hidden ones aside."""
+    taken = {info.path for info in found}
+    left = [i.path for i in below if i.path not in taken and not i.base_name.startswith((".", "_"))]
+    if left:
+        endings = sorted({"".join(PurePosixPath(p).suffixes[-2:]) or "no ending" for p in left})
+        _warn_once(
+            f"{path}: {len(left)} of {len(below)} files are left out, their ending names no format "
+            f"({', '.join(endings[:5])}): read are {', '.join(_FORMATS)}, also .gz and .zst"
+        )
+
+
+@lru_cache(maxsize=1000)
+def _warn_once(text: str) -> None:
+    """Print a warning; a folder is listed several times in a run."""
+    console.warn(text)
 
 
 def _below(system: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
@@ -191,6 +247,22 @@ def _matches(parts: list[str], wanted: list[str]) -> bool:
     if wanted[0] == "**":
         return _matches(parts, wanted[1:]) or _matches(parts[1:], wanted)
     return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a place beside `path` to write to; it takes the place of `path` when it is on disk.
+
+    The name is unique, since another try of the same task may be writing the same file.
+    """
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield new
+        with new.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 class _Forward(io.RawIOBase):

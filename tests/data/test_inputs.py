@@ -3,7 +3,7 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs
 
 from rayrlhf.config import RecipeError
 from rayrlhf.data import inputs, storage
@@ -241,6 +242,130 @@ def test_a_later_span_still_names_the_line(tmp_path: Path) -> None:
     file = find(path)[0]
     with pytest.raises(RecipeError, match=r"a\.jsonl:4: broken JSON"):
         list(read(file, (20, file.size)))
+
+
+@pytest.fixture
+def bucket() -> Iterator[fs.FileSystem]:
+    """A filesystem that is none of the disk's, with the address fsspec+memory://bucket/."""
+    system, _ = fs.FileSystem.from_uri("fsspec+memory://bucket")
+    system.create_dir("/bucket")
+    yield system
+    system.delete_dir("/bucket")
+
+
+def put(system: fs.FileSystem, path: str, content: bytes) -> None:
+    with system.open_output_stream(f"/bucket/{path}", compression=None) as stream:
+        stream.write(content)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
+def test_a_bucket_is_read_like_the_disk(
+    bucket: fs.FileSystem, ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    put(bucket, f"web/1.jsonl{ending}", pack(lines(TEXTS)))
+    put(bucket, f"web/2.jsonl{ending}", pack(lines(TEXTS[:1])))
+    for address in ("fsspec+memory://bucket/web", "fsspec+memory://bucket/*/?.jsonl*"):
+        assert texts_of(address) == [*TEXTS, *TEXTS[:1]]
+    table = pa.table({"text": TEXTS})
+    with bucket.open_output_stream("/bucket/a.parquet") as stream:
+        pq.write_table(table, stream)
+    assert texts_of("fsspec+memory://bucket/a.parquet") == TEXTS
+
+
+def test_pieces_of_a_file_in_a_bucket(bucket: fs.FileSystem) -> None:
+    content = lines(TEXTS * 9) + b"{\n" + lines(TEXTS)
+    put(bucket, "a.jsonl", content)
+    (file,) = find("fsspec+memory://bucket/a.jsonl")
+    assert file.size == len(content)
+    found: list[str] = []
+    errors: list[RecipeError] = []
+    for span in spans(file, 100):
+        found += [record["text"] for _, record in read(file, span, on_error=errors.append)]
+    assert found == TEXTS * 10
+    assert [str(error).partition(": ")[0] for error in errors] == [f"{file}:{9 * len(TEXTS) + 1}"]
+
+
+@pytest.mark.parametrize(
+    ("address", "opened", "inner"),
+    [
+        ("s3://b/x/*.jsonl", "s3://b", "b/x/*.jsonl"),
+        (
+            "s3://b/x?endpoint_override=h:9000&scheme=http",
+            "s3://b?endpoint_override=h:9000&scheme=http",
+            "b/x",
+        ),
+        ("s3://b/x/?.jsonl", "s3://b", "b/x/?.jsonl"),
+        ("gs://anonymous@b/x.jsonl", "gs://anonymous@b", "b/x.jsonl"),
+        (
+            "hf://datasets/allenai/c4/en/*.json.gz",
+            "hf://datasets",
+            "datasets/allenai/c4/en/*.json.gz",
+        ),
+    ],
+)
+def test_addresses_keep_user_and_options(
+    monkeypatch: pytest.MonkeyPatch, address: str, opened: str, inner: str
+) -> None:
+    asked: list[str] = []
+
+    def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
+        asked.append(uri)
+        return fs.LocalFileSystem(), uri.partition("?")[0].partition("://")[2].rpartition("@")[2]
+
+    monkeypatch.setattr(storage, "_filesystem", from_uri)
+    place = storage._locate(address)
+    assert (asked, place.path) == ([opened], inner)
+    # A file that is found there is opened with the same user and options.
+    again = storage._locate(place.uri("b/found.jsonl.gz"))
+    assert asked[1] == opened if not address.startswith("hf") else "hf://b"
+    assert again.path == "b/found.jsonl.gz"
+    assert InputFile(place.uri("b/found.jsonl.gz"), 1, 0).compression == "gzip"
+    assert InputFile(place.uri("b/found.jsonl.gz"), 1, 0).format == "jsonl"
+
+
+def test_files_of_unknown_endings_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.jsonl", "b.jsonl.xz", "c.html", ".hidden", "_SUCCESS"):
+        (tmp_path / name).write_bytes(lines(TEXTS))
+    assert [Path(file.path).name for file in find(tmp_path)] == ["a.jsonl"]
+    assert "2 of 5 files are left out" in (said := capsys.readouterr().err)
+    assert ".html, .jsonl.xz" in said
+    find(tmp_path)
+    assert not capsys.readouterr().err  # once is enough
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_cannot_hold(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": {value}\n', encoding="utf-8")
+    with path.open("ab") as file:
+        file.write(lines(TEXTS))
+    found, errors = what_is_read(find(path)[0])
+    assert found == TEXTS
+    assert [error.partition(": ")[0] for error in errors] == [f"{path}:1"]
+
+
+def test_the_longest_line_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MAX_RECORD_BYTES", 40)
+    path = tmp_path / "a.jsonl"
+    for length, expected in ((40, 2), (41, 1)):
+        for end in (b"\n", b"\r\n"):
+            line = b'{"text": "' + b"x" * (length - 12) + b'"}'
+            assert len(line) == length
+            path.write_bytes(line + end + lines(["next"]))
+            found, errors = what_is_read(find(path)[0])
+            assert (len(found), len(errors)) == (expected, 2 - expected)
+            assert found[-1] == "next"
+
+
+def test_a_page_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MAX_RECORD_BYTES", 10_000)
+    path = tmp_path / "a.wet.gz"
+    path.write_bytes(warc(("conversion", "", b"x" * 20_000), ("conversion", "", b"short")))
+    found, errors = what_is_read(find(path)[0])
+    assert found == ["short"]
+    assert [error.partition(": ")[0] for error in errors] == [f"{path}:1"]
 
 
 def test_a_parquet_file_of_another_schema_and_one_that_vanished(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Every rule at its limit, by hand; thresholds are those of the papers."""
 
+import time
+
 import pytest
 
 from rayrlhf.data.quality import EDITS, FILTERS, Document, c4_lines, scrub_email, scrub_ip
@@ -99,3 +101,16 @@ def test_emails_are_scrubbed(text: str, scrubbed: str) -> None:
 )
 def test_public_addresses_are_scrubbed(text: str, scrubbed: str) -> None:
     assert scrub_ip(text) == scrubbed
+
+
+def test_a_long_run_of_address_characters_takes_linear_time() -> None:
+    """Base64 has no @; a search that begins anew at each character would take hours."""
+    run = "A1b2" * 250_000
+    started = time.process_time()
+    assert scrub_email(f"{run} me@example.org") == f"{run} <email>"
+    assert time.process_time() - started < 5
+
+
+def test_addresses_of_every_form() -> None:
+    text = "Write to first.last+tag@mail.example.co.uk, or (me@x.org). Not to @me or a@b."
+    assert scrub_email(text) == "Write to <email>, or (<email>). Not to @me or a@b."
