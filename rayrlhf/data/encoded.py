@@ -9,7 +9,6 @@ neither the records nor their ids pass through the driver.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.data import inputs, records, storage
+from rayrlhf.data.buckets import write_batches
 from rayrlhf.data.datasets import (
     Comparison,
     Example,
@@ -32,7 +32,7 @@ from rayrlhf.data.datasets import (
     encode_demonstration,
     encode_prompt,
 )
-from rayrlhf.data.job import run_tasks
+from rayrlhf.data.job import Step
 from rayrlhf.data.records import Kind, Record
 from rayrlhf.data.storage import InputFile
 from rayrlhf.data.tokenizer import load_tokenizer
@@ -141,7 +141,7 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
     done = folder / "account.json"
     if not done.exists():
         pieces = _pieces(path)
-        items = [json.dumps(piece) for piece in pieces]
+        items = {f"{piece['number']:06d}": piece for piece in pieces}
         rules = {
             "folder": str(folder),
             "tokenizer": str(tokenizer),
@@ -150,22 +150,21 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
         }
         folder.mkdir(parents=True, exist_ok=True)
         if sum(piece["file"][1] for piece in pieces if not piece["start"]) <= BYTES_IN_PLACE:
-            accounts = [encode_piece(item, rules) for item in items]
+            accounts = [encode_piece(item, rules) for item in items.values()]
         else:
             session.connect(recipe)
-            accounts = run_tasks(
+            step = Step(
                 f"{kind}s",
                 lambda item, rules, _: encode_piece(item, rules),
-                items,
                 rules,
                 None,
-                each=_raise_error,
+                folder / "accounts",
             )
+            accounts = step.run(items, each=_raise_error)
         for account in accounts:
             _raise_error(account)
-        new = folder / f"account.{os.getpid()}.tmp"
-        new.write_text(json.dumps(accounts), encoding="utf-8")
-        os.replace(new, done)
+        with storage.replacing(done) as new:
+            new.write_text(json.dumps(accounts), encoding="utf-8")
     accounts = json.loads(done.read_text(encoding="utf-8"))
     try:
         _report(path, kind, accounts, max_length)
@@ -177,27 +176,26 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
     return [folder / account["file"] for account in accounts], first
 
 
-def encode_piece(item: str, rules: dict[str, Any]) -> dict[str, Any]:
+def encode_piece(piece: dict[str, Any], rules: dict[str, Any]) -> dict[str, Any]:
     """Write the ids of one piece's records; return its counts, or the first error."""
-    piece = json.loads(item)
     file = InputFile(*piece["file"])
     tokenizer = _tokenizer(rules["tokenizer"])
     name = f"{piece['number']:06d}.arrow"
     target = Path(rules["folder"]) / name
     counts = dict.fromkeys(("records", "written", "too_long", "no_pair"), 0)
-    new = target.with_name(f"{name}.{os.getpid()}.tmp")
+    found = _rows(file, (piece["start"], piece["end"]), tokenizer, rules, counts)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        while batch := list(islice(found, _RECORDS_PER_BATCH)):
+            counts["written"] += len(batch)
+            yield pa.RecordBatch.from_pylist(batch, schema=_SCHEMA)
+
     try:
-        found = _rows(file, (piece["start"], piece["end"]), tokenizer, rules, counts)
-        with pa.OSFile(str(new), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            while batch := list(islice(found, _RECORDS_PER_BATCH)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-                counts["written"] += len(batch)
+        write_batches(target, batches(), _SCHEMA)
         if not counts["records"] and piece["start"] == 0:
             raise records.empty_file(file, rules["kind"])
     except RecipeError as error:
-        new.unlink(missing_ok=True)
-        return {"error": str(error)}
-    os.replace(new, target)
+        return {"error": str(error), "failed": True}
     return {"file": name, **counts}
 
 

@@ -6,8 +6,6 @@ knows, so reading one needs nothing but its place. Which rows a step takes is `b
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,13 +17,14 @@ import pyarrow as pa
 import torch
 
 from rayrlhf.config import RecipeError
+from rayrlhf.data.buckets import write_batches
 from rayrlhf.data.storage import open_file
 
 Rows = npt.NDArray[np.int32]
 BYTES_HASHED = 2**30
 """A corpus up to this size is hashed before training; of a larger one sizes are checked."""
-_REQUESTS = 16
-"""Ranges that are read at a time."""
+_REQUESTS = 32
+"""Shards of a bucket that are read at a time."""
 
 
 def write_shard(file: Path, rows: Rows) -> dict[str, str | int]:
@@ -33,20 +32,16 @@ def write_shard(file: Path, rows: Rows) -> dict[str, str | int]:
     kind = pa.list_(pa.int32(), rows.shape[1])
     values = pa.array(np.ascontiguousarray(rows, dtype=np.int32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, type=kind)
-    new = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with (
-        pa.OSFile(str(new), "wb") as sink,
-        pa.ipc.new_file(sink, pa.schema([("tokens", kind)])) as writer,
-    ):
-        writer.write_batch(pa.record_batch([column], names=["tokens"]))
-    entry: dict[str, str | int] = {
+    batch = pa.record_batch([column], names=["tokens"])
+    write_batches(file, [batch], batch.schema)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
         "file": file.name,
         "rows": len(rows),
-        "offset": _first_row_at(new),
-        "sha256": hashlib.sha256(new.read_bytes()).hexdigest(),
+        "offset": _first_row_at(file),
+        "sha256": digest,
     }
-    os.replace(new, file)
-    return entry
 
 
 def read_manifest(corpus_dir: str | Path) -> dict[str, Any]:
@@ -68,7 +63,8 @@ def check_shards(corpus_dir: str | Path, manifest: dict[str, Any]) -> None:
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     row_bytes = 4 * manifest["row_length"]
     small = sum(shard["rows"] for shard in shards) * row_bytes <= BYTES_HASHED
-    for shard in shards:
+
+    def broken(shard: dict[str, Any]) -> str | None:
         path = f"{str(corpus_dir).rstrip('/')}/{shard['file']}"
         try:
             with open_file(path) as stream:
@@ -77,11 +73,15 @@ def check_shards(corpus_dir: str | Path, manifest: dict[str, Any]) -> None:
                     complete = hashlib.sha256(stream.read()).hexdigest() == shard["sha256"]
         except OSError:
             complete = False
-        if not complete:
-            raise RecipeError(
-                f"{path}: missing, cut off or changed since the corpus was written: copy it "
-                "again, or remove the folder and run `rayrlhf corpus`"
-            )
+        return None if complete else path
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        for path in pool.map(broken, shards):
+            if path is not None:
+                raise RecipeError(
+                    f"{path}: missing, cut off or changed since the corpus was written: copy it "
+                    "again, or remove the folder and run `rayrlhf corpus`"
+                )
 
 
 class PackedRows:
@@ -89,18 +89,14 @@ class PackedRows:
 
     def __init__(self, corpus_dir: str | Path, split: str) -> None:
         """`split` is `train`, `validation-<source>` or `test-<source>`; a URI streams."""
-        self._shards: list[_Shard]
-        if "://" in str(corpus_dir):
-            manifest = read_manifest(corpus_dir)
-            found = manifest["splits"].get(split, {"shards": []})["shards"]
-            self._shards = [
-                _RemoteShard(f"{str(corpus_dir).rstrip('/')}/{shard['file']}", shard, manifest)
-                for shard in found
-            ]
-        else:
-            pattern = re.compile(re.escape(split) + r"-\d{5}\.arrow")
-            files = sorted(f for f in Path(corpus_dir).glob("*.arrow") if pattern.fullmatch(f.name))
-            self._shards = [_LocalShard(file) for file in files]
+        manifest = read_manifest(corpus_dir)
+        folder = str(corpus_dir).rstrip("/")
+        kind = _RemoteShard if "://" in folder else _LocalShard
+        self._shards: list[_Shard] = [
+            kind(f"{folder}/{shard['file']}", shard, manifest)
+            for shard in manifest["splits"].get(split, {"shards": []})["shards"]
+        ]
+        self._pool = ThreadPoolExecutor(_REQUESTS) if kind is _RemoteShard else None
         if not self._shards:
             raise RecipeError(
                 f"{corpus_dir}: no rows of the split {split}: run `rayrlhf corpus`, or "
@@ -119,10 +115,14 @@ class PackedRows:
             raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")
         out = np.empty((len(wanted), self.row_length), dtype=np.int64)  # (n, T)
         places = np.searchsorted(self._ends, wanted, side="right")
-        for place in np.unique(places):
-            shard = self._shards[place]
-            here = places == place
+
+        def read(place: np.intp) -> None:
+            shard, here = self._shards[place], places == place
             out[here] = shard.take(wanted[here] - (self._ends[place] - len(shard)))
+
+        # Rows of a shuffled batch lie in as many shards: a bucket's latency is paid once for all.
+        for _ in (self._pool.map if self._pool else map)(read, np.unique(places)):
+            pass
         return torch.from_numpy(out)
 
 
@@ -147,8 +147,10 @@ class _Shard(Protocol):
 class _LocalShard:
     """A file mapped into memory."""
 
-    def __init__(self, file: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    def __init__(self, path: str, shard: dict[str, Any], manifest: dict[str, Any]) -> None:
+        del shard, manifest  # the file says it all
+        with pa.memory_map(path) as mapped:
+            table = pa.ipc.open_file(mapped).read_all()
         column = table.column("tokens")
         self.row_length = int(column.type.list_size)
         (chunk,) = column.chunks
@@ -162,7 +164,7 @@ class _LocalShard:
 
 
 class _RemoteShard:
-    """A file of which ranges are read, several at a time; rows that follow each other in one."""
+    """A file of which ranges are read; rows that follow each other in one."""
 
     def __init__(self, path: str, shard: dict[str, Any], manifest: dict[str, Any]) -> None:
         self._path, self._rows, self._offset = path, int(shard["rows"]), int(shard["offset"])
@@ -177,8 +179,7 @@ class _RemoteShard:
             self._file = open_file(self._path)
         order, back = np.unique(wanted, return_inverse=True)
         runs = np.split(order, np.flatnonzero(np.diff(order) > 1) + 1)
-        with ThreadPoolExecutor(min(_REQUESTS, len(runs))) as pool:
-            parts = list(pool.map(lambda run: self._range(int(run[0]), len(run)), runs))
+        parts = [self._range(int(run[0]), len(run)) for run in runs]
         return np.concatenate(parts)[back]
 
     def _range(self, first: int, count: int) -> Rows:

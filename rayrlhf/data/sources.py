@@ -13,38 +13,52 @@ from rayrlhf.data import builtin, inputs, records, storage
 from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.documents import Piece, text_hash
 from rayrlhf.data.ngrams import Hashes, ngram_hashes
+from rayrlhf.data.storage import InputFile
 
 BYTES_PER_PIECE = 32 * 2**20
-"""Input that one task reads."""
+"""Input that one task reads, of a corpus of up to MAX_PIECES pieces; of a larger one more."""
+MAX_PIECES = 4096
 CHARS_FOR_TOKENIZER = 200_000_000
 """The tokenizer is trained on a sample of about this size when the corpus is larger."""
 _EXPANSION = 4
 """Text per byte of a compressed file."""
+_SPLITS = ("train", "validation", "test")
 
 
-def pieces_of(config: CorpusConfig) -> list[Piece]:
-    """Cut all input files into pieces of about BYTES_PER_PIECE; raises RecipeError.
+def pieces_of(config: CorpusConfig) -> tuple[list[Piece], list[str]]:
+    """Cut all input files into pieces; return them, and what is wrong with sources without files.
 
-    With `on_error: skip` a source without files is an error, one broken file is not.
+    Raises RecipeError for such a source unless `on_error: skip`, and when nothing is left.
     """
-    pieces: list[Piece] = []
+    found: list[tuple[str, str, InputFile]] = []
+    errors: list[str] = []
     for name, source in sorted(config.sources.items()):
-        for split, path in (
-            ("train", source.path),
-            ("validation", source.validation),
-            ("test", source.test),
-        ):
-            for file in storage.find(path) if path is not None else []:
-                try:
-                    spans = inputs.spans(file, BYTES_PER_PIECE)
-                except (RecipeError, OSError):
-                    # The task that reads it says what is wrong with it.
-                    spans = [(0, file.size)]
-                pieces += [
-                    Piece(len(pieces) + number, name, split, file, start, end)
-                    for number, (start, end) in enumerate(spans)
-                ]
-    return pieces
+        for split, path in zip(_SPLITS, (source.path, source.validation, source.test), strict=True):
+            try:
+                found += [(name, split, file) for file in storage.find(path)] if path else []
+            except RecipeError as error:
+                if config.on_error == "fail":
+                    raise
+                errors.append(f"corpus.sources.{name}: {error}")
+    if not any(split == "train" for _, split, _ in found):
+        raise RecipeError("\n".join(errors))
+    total = sum(file.size for *_, file in found)
+    size = max(BYTES_PER_PIECE, total // MAX_PIECES)
+    pieces: list[Piece] = []
+    for name, split, file in found:
+        pieces += [
+            Piece(len(pieces) + number, name, split, file, start, end)
+            for number, (start, end) in enumerate(_spans(file, size))
+        ]
+    return pieces, errors
+
+
+def _spans(file: InputFile, size: int) -> list[tuple[int, int]]:
+    try:
+        return inputs.spans(file, size)
+    except (RecipeError, OSError):
+        # The task that reads it says what is wrong with it.
+        return [(0, file.size)]
 
 
 def check_packages(pieces: Sequence[Piece], config: CorpusConfig) -> None:
@@ -149,7 +163,8 @@ def text_bytes(piece: Piece) -> int:
         return piece.end - piece.start
     whole = piece.file.size * (1 if piece.file.format == "text" else _EXPANSION)
     if piece.file.format == "parquet":
-        return min(whole, BYTES_PER_PIECE)
+        # Row groups of about a piece's size; the file's pieces together have all of it.
+        return min(whole, max(BYTES_PER_PIECE, whole // MAX_PIECES))
     return whole
 
 

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from rayrlhf.config import NearDuplicates
+from rayrlhf.data.buckets import NEAR_DUPLICATE, NEAR_HELD_OUT, Group, Shuffle, to_drop
 from rayrlhf.data.documents import text_hash
-from rayrlhf.data.near_duplicates import (
-    NEAR_DUPLICATE,
-    NEAR_HELD_OUT,
-    Bands,
-    Writer,
-    find_in_partition,
-    signatures,
-)
+from rayrlhf.data.near_duplicates import Bands, Search, Writer, search_partition, signatures
 from rayrlhf.data.ngrams import jaccard, ngram_hashes
 
 BANDS = Bands(threshold=0.8, ngram=3, num_bands=32, rows_per_band=8, num_partitions=3)
@@ -36,21 +30,18 @@ def changed(original: str, count: int) -> str:
 
 def find(folder: Path, *pieces: tuple[bool, list[str]], bands: Bands = BANDS) -> dict[bytes, str]:
     """Run the job over pieces of (held out, texts)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "documents").mkdir(parents=True, exist_ok=True)
     written: list[dict[str, Any]] = []
     for number, (held_out, texts) in enumerate(pieces):
-        writer = Writer(folder, f"{number:06d}", held_out, bands)
-        writer.add(texts, [text_hash(t) for t in texts])
-        if (account := writer.finish()) is not None:
-            written.append(account)
-    found: dict[bytes, str] = {}
-    for partition in range(bands.num_partitions):
-        for digest, reason in find_in_partition(
-            partition, written, folder, bands.threshold
-        ).items():
-            if found.get(digest) != NEAR_HELD_OUT:
-                found[digest] = reason
-    return found
+        writer = Writer(folder / "documents", f"{number:06d}", held_out, bands)
+        for start in range(0, len(texts), 7):
+            some = texts[start : start + 7]
+            writer.add(some, [text_hash(t) for t in some])
+        written += writer.finish()
+    rules = Search(str(folder), bands.threshold, num_buckets=2)
+    accounts = [search_partition(p, rules, written) for p in range(bands.num_partitions)]
+    shuffle = Shuffle(str(folder), 2, [], [account["file"] for account in accounts])
+    return to_drop(shuffle, Group("train")) | to_drop(shuffle, Group("train", bucket=1))
 
 
 def test_one_of_two_near_duplicates_goes(tmp_path: Path) -> None:
@@ -66,6 +57,16 @@ def test_what_is_close_to_a_held_out_text_goes_and_the_held_out_text_stays(tmp_p
     train, held = [text(n) for n in range(8)], [changed(text(n), 2) for n in range(8)]
     found = find(tmp_path, (False, train), (True, [*held, changed(text(3), 3)]))
     assert found == dict.fromkeys(map(text_hash, train), NEAR_HELD_OUT)
+
+
+def test_a_piece_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayrlhf.data import near_duplicates
+
+    texts = [changed(text(n % 5), n // 5) for n in range(20)]
+    whole = find(tmp_path / "a", (False, texts))
+    monkeypatch.setattr(near_duplicates, "_NGRAMS_PER_PART", 300)
+    assert find(tmp_path / "b", (False, texts)) == whole
+    assert len(list((tmp_path / "b/documents").glob("*.bands.arrow"))) >= 3
 
 
 def test_exact_duplicates_are_left_to_the_exact_rule(tmp_path: Path) -> None:
