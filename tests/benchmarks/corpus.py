@@ -1,6 +1,7 @@
 """Tokens per second of the corpus job, against `encode_batch` alone and against `datasets.map`.
 
-    pip install datasets; python tests/benchmarks/corpus.py [--megabytes 200] [--repeats 1]
+    pip install datasets; python tests/benchmarks/corpus.py [--megabytes 200] [--repeats 3]
+    python tests/benchmarks/corpus.py --memory 100 1000
 
 The text is the built-in ratings' corpus, repeated with some of its words changed, so that no two
 documents are the same; the tokenizer is trained on it once. Three ways to the same token ids:
@@ -11,7 +12,8 @@ peer      `datasets.load_dataset` and `map(batched, num_proc)`, tokenized and pa
           transformers' run_clm.py; left out where `datasets` is not installed
 
 `peak_mib` is the largest resident memory of the job's driver and workers together, less what it
-was before the job.
+was before the job. With `--memory` only the job runs, once per size in MB, and `ratio_peak` is the
+peak of the last over that of the first: 1 where memory doesn't grow with the corpus.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -157,39 +160,70 @@ class Memory:
         return total / 2**20
 
 
+def write_text(folder: Path, megabytes: float) -> None:
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for text in texts(megabytes):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def speed(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
+    """Measure all three in turn, several times; the ratios are of the medians."""
+    write_text(folder, megabytes)
+    with_peer = importlib.util.find_spec("datasets") is not None
+    rates: dict[str, list[float]] = {}
+    peak = 0.0
+    for number in range(repeats):
+        found = {"limit": limit(folder)}
+        seconds, tokens, mib = job(folder, number)
+        found["job"], peak = (seconds, tokens), max(peak, mib)
+        if with_peer:
+            found["peer"] = peer(folder, number)
+        for name, (took, count) in found.items():
+            print(f"{name:>6}: {count:>11,} tokens in {took:7.2f} s = {count / took:>11,.0f}/s")
+            rates.setdefault(name, []).append(count / took)
+    figures: dict[str, float] = {}
+    for name in rates.keys() - {"job"}:
+        ratios = [own / other for own, other in zip(rates["job"], rates[name], strict=True)]
+        figures |= {
+            f"ratio_to_{name}": statistics.median(ratios),
+            f"low_to_{name}": min(ratios),
+            f"high_to_{name}": max(ratios),
+        }
+    figures = dict(sorted(figures.items(), key=lambda item: not item[0].startswith("ratio")))
+    medians = {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()}
+    return {**figures, **medians, "peak_mib": peak, "megabytes": megabytes}
+
+
+def memory(folder: Path, sizes: list[float]) -> dict[str, float]:
+    """Measure the job's peak memory for each size."""
+    peaks = []
+    for number, megabytes in enumerate(sizes):
+        write_text(folder, megabytes)
+        seconds, tokens, mib = job(folder, number)
+        print(f"{megabytes:6.0f} MB: {tokens:>12,} tokens in {seconds:7.2f} s, peak {mib:6.0f} MiB")
+        peaks.append(mib)
+    found = {f"peak_mib_{size:g}": peak for size, peak in zip(sizes, peaks, strict=True)}
+    return {"ratio_peak": peaks[-1] / peaks[0], **found}
+
+
 def main() -> None:
-    """Run all of them; the last line is one JSON object."""
+    """Run what is asked for; the last line is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--memory", type=float, nargs="+", metavar="MB")
     parser.add_argument("--quick", action="store_true", help="2 MB, to see that it runs")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.megabytes = 2.0
     folder = Path(tempfile.mkdtemp(prefix="rayrlhf-corpus-"))
     try:
-        with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-            for text in texts(arguments.megabytes):
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         trained = train_tokenizer(texts(min(10.0, arguments.megabytes), seed=1), 32_000)
         save_tokenizer(trained, folder / "tokenizer", origin="benchmark")
-        with_peer = importlib.util.find_spec("datasets") is not None
-        best: dict[str, float] = {}
-        peak = 0.0
-        for number in range(arguments.repeats):
-            found = {"limit": limit(folder)}
-            seconds, tokens, mib = job(folder, number)
-            found["job"], peak = (seconds, tokens), max(peak, mib)
-            if with_peer:
-                found["peer"] = peer(folder, number)
-            for name, (took, count) in found.items():
-                print(f"{name:>6}: {count:>11,} tokens in {took:7.2f} s = {count / took:>11,.0f}/s")
-                best[name] = max(best.get(name, 0.0), count / took)
-        figures = {"ratio_to_limit": best["job"] / best["limit"]}
-        if with_peer:
-            figures["ratio_to_peer"] = best["job"] / best["peer"]
-        figures |= {f"{name}_tokens_per_s": rate for name, rate in best.items()}
-        print(json.dumps({**figures, "peak_mib": peak, "megabytes": arguments.megabytes}))
+        if arguments.memory:
+            print(json.dumps(memory(folder, arguments.memory)))
+        else:
+            print(json.dumps(speed(folder, arguments.megabytes, arguments.repeats)))
     finally:
         shutil.rmtree(folder)
 

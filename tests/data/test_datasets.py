@@ -1,9 +1,12 @@
 """Records to token ids, batches as a pure function of the step."""
 
 from collections import Counter
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import RecipeError
@@ -112,3 +115,51 @@ def test_padding_is_marked_by_length_even_if_pad_is_eos() -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert ids.dtype == mask.dtype == torch.int64
     assert pad([], 0)[0].shape == (0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_records=st.integers(1, 60),
+    batch_size=st.integers(1, 17),
+    world_size=st.integers(1, 7),
+    step=st.integers(0, 40),
+    seed=st.integers(0, 3),
+    weighted=st.booleans(),
+)
+def test_any_number_of_workers_reads_the_rows_of_the_step(
+    num_records: int, batch_size: int, world_size: int, step: int, seed: int, weighted: bool
+) -> None:
+    wanted = batch_indices(seed=seed, step=step, batch_size=batch_size, num_records=num_records)
+    costs = [float(1 + index % 5) for index in wanted] if weighted else None
+    parts = [shard(wanted, rank, world_size, costs) for rank in range(world_size)]
+    assert sorted(index for part in parts for index in part) == sorted(wanted)
+    assert max(map(len, parts)) - min(map(len, parts)) <= (batch_size if weighted else 1)
+    for part in parts:  # each rank keeps the order of the batch
+        places = iter(wanted)
+        assert all(index in places for index in part)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_records=st.integers(1, 60), batch_size=st.integers(1, 17), stops=st.lists(st.integers(1, 9))
+)
+def test_a_run_that_stops_anywhere_reads_on_as_if_it_had_not(
+    num_records: int, batch_size: int, stops: list[int]
+) -> None:
+    def rows(first: int, last: int) -> list[int]:
+        return [
+            index
+            for step in range(first, last)
+            for index in batch_indices(
+                seed=1, step=step, batch_size=batch_size, num_records=num_records
+            )
+        ]
+
+    ends = [0, *accumulate(stops)]
+    pieces = [rows(first, last) for first, last in pairwise(ends)]
+    whole = rows(0, ends[-1])
+    assert sum(pieces, []) == whole
+    epochs = len(whole) // num_records
+    for epoch in range(epochs):
+        one = whole[epoch * num_records : (epoch + 1) * num_records]
+        assert sorted(one) == list(range(num_records))

@@ -53,6 +53,20 @@ def test_one_of_two_near_duplicates_goes(tmp_path: Path) -> None:
     assert found == {max(text_hash(a), text_hash(b)): NEAR_DUPLICATE}
 
 
+def test_recall_and_precision_over_many_pairs(tmp_path: Path) -> None:
+    texts, pairs = [], []
+    for number in range(150):
+        copy = changed(text(number), 1 + number % 6)
+        texts += [text(number), copy]
+        digest = max(text_hash(text(number)), text_hash(copy))
+        pairs.append((digest, jaccard(*ngram_hashes([text(number), copy], BANDS.ngram))))
+    found = set(find(tmp_path, (False, texts)))
+    expected = {digest for digest, index in pairs if index >= BANDS.threshold}
+    assert 60 < len(expected) < 120  # pairs on both sides of the threshold
+    assert len(found & expected) >= 0.95 * len(expected)
+    assert len(found & expected) >= 0.95 * len(found)
+
+
 def test_what_is_close_to_a_held_out_text_goes_and_the_held_out_text_stays(tmp_path: Path) -> None:
     train, held = [text(n) for n in range(8)], [changed(text(n), 2) for n in range(8)]
     found = find(tmp_path, (False, train), (True, [*held, changed(text(3), 3)]))
