@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -38,6 +39,9 @@ from rayrlhf.models.folder import (
 
 INIT_STD = 0.02
 """Of every matrix (GPT-2)."""
+LOGITS_BYTES = 2**29
+"""Logits (n, V) in float32 up to this size are kept for the backward pass; larger ones are never
+held: computed for so many tokens at a time, and once more in the backward pass."""
 
 
 class CausalLMModel(nn.Module):
@@ -188,9 +192,21 @@ def _token_statistics(
     places = _places(attention_mask, positions).flatten().nonzero().squeeze(1)  # (n,) in (b * S)
     # index_select: its backward adds whole rows, a boolean index adds element by element.
     states = hidden.flatten(0, 1).index_select(0, places - 1)  # (n, d) before each token
-    logits = model.get_output_embeddings()(states)  # (n, V)
     tokens = input_ids.flatten()[places]
-    log_probs, entropies = _SelectLogProbs.apply(logits, tokens, temperature, with_entropy)
+    head = model.get_output_embeddings()
+
+    def statistics(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return _SelectLogProbs.apply(head(states), tokens, temperature, with_entropy)
+
+    rows = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+    if len(states) <= rows:
+        log_probs, entropies = statistics(states, tokens)
+    else:
+        parts = [
+            checkpoint(statistics, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(states.split(rows), tokens.split(rows), strict=True)
+        ]
+        log_probs, entropies = (torch.cat(found) for found in zip(*parts, strict=True))
 
     def spread(flat: Tensor) -> Tensor:
         padded = flat.new_zeros(input_ids.numel()).index_copy(0, places, flat)

@@ -213,6 +213,39 @@ def test_gradient_across_blocks_and_a_second_backward_is_refused(
         torch.autograd.grad(loss, list(model.parameters()))
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_large_logits_are_never_held_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
+    model = CausalLMModel(make("llama"))
+    ids, mask = ragged()
+    sizes: list[int] = []
+    model.hf.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: sizes.append(len(logits))
+    )
+
+    def run() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            log_probs, entropy = model(ids, mask, temperature=0.7, with_entropy=True)
+        weights = torch.arange(log_probs.numel()).view_as(log_probs) / 10
+        return (
+            log_probs,
+            entropy,
+            torch.autograd.grad((log_probs * weights).sum(), list(model.parameters())),
+        )
+
+    whole = run()
+    assert len(sizes) == 1
+    count = sizes.pop()
+    monkeypatch.setattr("rayrlhf.models.causal_lm.LOGITS_BYTES", 4 * V * 3)
+    chunked = run()
+    assert max(sizes) == 3 < count
+    assert sum(sizes) == 2 * count  # forward, and again for backward
+    torch.testing.assert_close(chunked[:2], whole[:2])
+    bound = {"atol": 0.1, "rtol": 0.02} if bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(chunked[2], whole[2], **bound)
+
+
 def test_entropy_of_every_prediction() -> None:
     model = CausalLMModel(make("llama"))
     ids, mask = ragged()
