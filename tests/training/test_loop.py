@@ -48,7 +48,7 @@ def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
 
 
 @pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage])
-@pytest.mark.parametrize("killed_at", [1, 4, 5])
+@pytest.mark.parametrize("killed_at", range(1, 6))
 def test_resume_equals_uninterrupted(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: type[Stage], killed_at: int
 ) -> None:
