@@ -13,6 +13,7 @@ import torch
 from rayrlhf.config import PretrainConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import shard
+from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows, check_shards, read_manifest
 from rayrlhf.data.tokenizer import check_vocabulary, encode_text
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
@@ -102,21 +103,10 @@ class PretrainStage(LanguageModelStage):
 
     def _batch(self, rows: torch.Tensor) -> TextBatch:
         """Return rows (n, T) as a micro-batch."""
-        loss_mask = torch.ones_like(rows, dtype=torch.bool)
-        loss_mask[:, 0] = False
-        ended = rows == self.tokenizer.eos_token_id  # (n, T)
-        begins = torch.zeros_like(ended)
-        begins[:, 1:] = ended[:, :-1]
-        # No document is empty: end-of-text after end-of-text fills up a row.
-        filling = ended & begins
-        loss_mask &= ~filling
-        attention_mask = torch.ones_like(rows)
-        if self.cfg.documents == "apart":
-            # The first token of a document has nothing before it to be predicted from.
-            loss_mask &= ~begins
-            attention_mask += begins.cumsum(dim=1)
-        attention_mask = attention_mask.masked_fill(filling, 0)
-        num_tokens = rows.numel() - int(filling.sum())
+        attention_mask, loss_mask = row_masks(
+            rows, self.tokenizer.eos_token_id, apart=self.cfg.documents == "apart"
+        )
+        num_tokens = int((attention_mask > 0).sum())
         return TextBatch(rows, attention_mask, float(loss_mask.sum()), num_tokens, loss_mask)
 
     def evaluate(self, backend: Backend) -> dict[str, float]:
