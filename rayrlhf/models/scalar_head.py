@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -38,6 +39,7 @@ class ScalarHeadModel(nn.Module):
     def __init__(self, hf: PreTrainedModel, *, shift: float = 0.0) -> None:
         super().__init__()
         self.hf = hf
+        self.hf.score = _Float32Head(hf.score.weight)
         self.shift = shift
 
     @classmethod
@@ -92,10 +94,7 @@ class ScalarHeadModel(nn.Module):
         means nothing.
         """
         hidden = run_trunk(self.hf, input_ids, attention_mask)  # (b, S, d)
-        with torch.autocast(hidden.device.type, enabled=False):
-            # Differences of scores are small beside the scores: bfloat16 would round them off.
-            outputs = self.hf.score(hidden.to(self.hf.score.weight.dtype))
-        values: Tensor = outputs.squeeze(-1).float() - self.shift
+        values: Tensor = self.hf.score(hidden).squeeze(-1) - self.shift
         return values
 
     def save_pretrained(
@@ -108,6 +107,21 @@ class ScalarHeadModel(nn.Module):
         """
         self.hf.config.update({"score_shift": self.shift})
         save_folder(self.hf, folder, state_dict)
+
+
+class _Float32Head(nn.Module):
+    """A linear map to one number that is computed in float32, whatever its weight is kept in.
+
+    Differences of scores are small beside the scores: bfloat16 would round them off.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
 
 
 def last_scores(outputs: Tensor, lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rayrlhf.config import ModelConfig, RecipeError
 from rayrlhf.models.causal_lm import build_causal_lm
+from rayrlhf.models.folder import run_trunk
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores, row_ends, values_before
 
 EOS, PAD, V = 0, 1, 40
@@ -145,13 +146,20 @@ def test_folder_without_a_head_is_refused(causal_lm: Path) -> None:
         ScalarHeadModel.from_pretrained(causal_lm)
 
 
-def test_scores_are_float32_under_bfloat16_autocast(causal_lm: Path) -> None:
-    model = ScalarHeadModel.from_causal_lm(causal_lm, 1)
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+def test_head_computes_in_float32_under_autocast_and_on_bfloat16_weights(
+    causal_lm: Path, kept_in: torch.dtype
+) -> None:
+    """DDP computes in bfloat16 by autocast, ZeRO on weights in bfloat16."""
+    model = ScalarHeadModel.from_causal_lm(causal_lm, 1, dtype=kept_in)
     ids, mask = rows((9, 4))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=kept_in == torch.float32):
         outputs = model(ids, mask)
+        hidden = run_trunk(model.hf, ids, mask)
     assert outputs.dtype == torch.float32
     assert not torch.equal(outputs, outputs.bfloat16().float())
+    by_hand = hidden.float() @ model.hf.score.weight.float().T  # (b, S, 1)
+    torch.testing.assert_close(outputs, by_hand.squeeze(-1))
 
 
 def test_gradient_reaches_trunk_and_head(causal_lm: Path) -> None:
