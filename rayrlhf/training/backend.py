@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,15 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def forward_precision(
+    cfg: TrainingConfig, device: torch.device
+) -> Literal["float32", "autocast", "bfloat16"]:
+    """Say what a backend computes in: float32, bfloat16 by autocast, or with bfloat16 weights."""
+    if cfg.precision == "float32" or (cfg.precision == "auto" and not has_bfloat16(device)):
+        return "float32"
+    return "bfloat16" if cfg.zero_stage > 0 else "autocast"
+
+
 class Backend(ABC):
     """A module in training on this rank; see the head of this file."""
 
@@ -91,14 +100,12 @@ class Backend(ABC):
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.num_steps = 0
         self.num_skipped = 0
-        self._bfloat16 = cfg.precision == "bfloat16" or (
-            cfg.precision == "auto" and has_bfloat16(device)
-        )
-        self._autocast = self._bfloat16
+        self._precision = forward_precision(cfg, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
-        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
+        autocast = self._precision == "autocast"
+        with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
             return self._forward(*args, **kwargs)
 
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
@@ -287,9 +294,8 @@ class DeepSpeedBackend(Backend):
 
         super().__init__(module.to(device), cfg, total_steps, device)
         self.stage = cfg.zero_stage
-        self._autocast = self._autocast and self.stage == 0
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        bf16 = self._bfloat16 and self.stage > 0
+        bf16 = self._precision == "bfloat16"
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=make_optimizer(self.module, cfg),
@@ -301,9 +307,8 @@ class DeepSpeedBackend(Backend):
     def _layout(self) -> str:
         if self.stage == 0:
             return "backend=deepspeed zero_stage=0"
-        precision = "bfloat16" if self._bfloat16 else "float32"
         return (
-            f"backend=deepspeed zero_stage={self.stage} precision={precision} "
+            f"backend=deepspeed zero_stage={self.stage} precision={self._precision} "
             f"num_workers={self.world_size}"
         )
 
