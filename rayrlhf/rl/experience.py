@@ -217,14 +217,9 @@ def minibatches(
 
 
 def rank_microbatches(
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    rank: int,
-    world_size: int,
-    tokens_per_microbatch: int,
-) -> list[list[int]]:
-    """Return the micro-batches of `rank` for `rows`, whose tokens `lengths[row]` counts.
+    rows: Sequence[int], lengths: Sequence[int], *, world_size: int, tokens_per_microbatch: int
+) -> list[list[list[int]]]:
+    """Return the micro-batches of each rank for `rows`, whose tokens `lengths[row]` counts.
 
     Rows are dealt to the ranks by their length, sorted, and cut by the token budget. Every rank
     gets the same number of micro-batches, because a forward may be collective (ZeRO-3): one with
@@ -236,4 +231,4 @@ def rank_microbatches(
         cut = microbatches([lengths[row] for row in mine], tokens_per_microbatch)
         plans.append([[mine[position] for position in group] for group in cut])
     longest = max(len(plan) for plan in plans)
-    return plans[rank] + [[] for _ in range(longest - len(plans[rank]))]
+    return [plan + [[] for _ in range(longest - len(plan))] for plan in plans]

@@ -1,7 +1,8 @@
 """A typed front per role: start a call on every worker, and gather what the ranks return.
 
 A call returns a `Pending` at once; `wait_all` waits for several together, so that roles work at the
-same time. Every wait has the deadline `ppo.deadline_s`, and its error names the role and the call.
+same time. Every wait has the deadline `ppo.deadline_s` and a line every 30 s, and both the line and
+the error name the role and the call.
 Arguments that are large travel as references (`share`), which this module never opens.
 """
 
@@ -15,6 +16,7 @@ import ray.exceptions
 import torch
 from torch import Tensor
 
+from rayrlhf import console
 from rayrlhf.config import RecipeError
 from rayrlhf.rl.experience import Experience, Rollout, scatter_rows
 
@@ -23,6 +25,8 @@ Handle = Any
 """A Ray actor handle, whose methods exist at run time only."""
 Ref = Any
 """A reference to an object in Ray's store."""
+LINE_EVERY_S = 30.0
+"""Seconds between the lines that say what a long wait is for."""
 
 
 @dataclass
@@ -34,7 +38,14 @@ class Pending(Generic[T]):
     refs: list[Ref]
     gather: Callable[[list[Any]], T]
     deadline_s: float
+    fix: str = "see the log of its worker under Ray's session folder"
+    """What to do when it is late."""
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """When the wait ends, by the monotonic clock."""
+        return self.started + self.deadline_s
 
     def wait(self) -> T:
         """Return the gathered result; see `wait_all`."""
@@ -53,6 +64,10 @@ def wait_all(*pending: Pending[Any]) -> list[Any]:
     return [each.gather(ray.get(each.refs)) for each in pending]
 
 
+def nothing(_: list[Any]) -> None:
+    """Gather the results of calls that return none."""
+
+
 def share(value: Rollout | Experience) -> Ref:
     """Put a record into the object store once, for all roles."""
     return ray.put(value)
@@ -61,20 +76,24 @@ def share(value: Rollout | Experience) -> Ref:
 def _finish(pending: Sequence[Pending[Any]]) -> None:
     owner = {ref: each for each in pending for ref in each.refs}
     open_refs = list(owner)
+    next_line = time.monotonic() + LINE_EVERY_S
     while open_refs:
-        due = min(open_refs, key=lambda ref: owner[ref].started + owner[ref].deadline_s)
-        remaining = owner[due].started + owner[due].deadline_s - time.monotonic()
-        ready, _ = ray.wait(open_refs, num_returns=1, timeout=max(0.0, remaining))
-        if not ready:
-            late = owner[due]
+        late = min((owner[ref] for ref in open_refs), key=lambda each: each.deadline)
+        until = min(late.deadline, next_line)
+        ready, _ = ray.wait(open_refs, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+        if not ready and until == late.deadline:
             raise TimeoutError(
                 f"{late.role}.{late.call} is not done after ppo.deadline_s={late.deadline_s:g} s: "
-                f"see the log of the {late.role} worker under Ray's session folder, or raise "
-                "ppo.deadline_s"
+                f"{late.fix}, or raise ppo.deadline_s"
             )
         for ref in ready:
             _check(owner[ref], ref)
         open_refs = [ref for ref in open_refs if ref not in ready]
+        now = time.monotonic()
+        if open_refs and now >= next_line:
+            names = dict.fromkeys(f"{owner[ref].role}.{owner[ref].call}" for ref in open_refs)
+            console.say(f"ppo: waiting for {', '.join(names)}, {late.deadline - now:.0f} s left")
+            next_line = now + LINE_EVERY_S
 
 
 def _check(owner: Pending[Any], ref: Ref) -> None:
@@ -102,7 +121,7 @@ class Group:
 
     def start(self) -> Pending[None]:
         """Load the model on every worker."""
-        return self._pending("start", [w.start.remote() for w in self.workers], _nothing)
+        return self._pending("start", [w.start.remote() for w in self.workers], nothing)
 
     def _pending(self, call: str, refs: list[Ref], gather: Callable[[list[Any]], T]) -> Pending[T]:
         return Pending(self.role, call, refs, gather, self.deadline_s)
@@ -115,11 +134,11 @@ class TrainedGroup(Group):
         """Join the ranks at rank 0's address, and load model and optimizer."""
         address = self.workers[0].address.remote()
         refs = [w.start.remote(address) for w in self.workers]
-        return self._pending("start", refs, _nothing)
+        return self._pending("start", refs, nothing)
 
     def save(self, folder: str) -> Pending[None]:
         """Write weights and training state into a checkpoint folder that exists."""
-        return self._pending("save", [w.save.remote(folder) for w in self.workers], _nothing)
+        return self._pending("save", [w.save.remote(folder) for w in self.workers], nothing)
 
     def update(self, experience: Ref, step: int) -> Pending[dict[str, float]]:
         """Train on a shared Experience; returns metrics of the whole group."""
@@ -143,13 +162,15 @@ class ActorGroup(TrainedGroup):
         return self._pending("log_probs", refs, gather)
 
     def weights(self) -> Pending[Ref]:
-        """Return a reference to all weights, {name: float32 array}."""
-        refs = [w.weights.remote() for w in self.workers]
-        return Pending(self.role, "weights", refs, lambda _: refs[0], self.deadline_s)
+        """Return a reference to all weights, {name: float32 array}, which stay where they are."""
+        # A wait brings what it waits for to this process: it waits for the flags beside them.
+        refs = [w.weights.options(num_returns=2).remote() for w in self.workers]
+        done = [flag for flag, _ in refs]
+        return Pending(self.role, "weights", done, lambda _: refs[0][1], self.deadline_s)
 
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""
-        return self._pending("export", [w.export.remote(folder) for w in self.workers], _nothing)
+        return self._pending("export", [w.export.remote(folder) for w in self.workers], nothing)
 
 
 class CriticGroup(TrainedGroup):
@@ -168,9 +189,9 @@ class ReferenceGroup(Group):
 
     role = "reference"
 
-    def log_probs(self, rollout: Ref) -> Pending[Tensor]:
+    def log_probs(self, rollout: Ref, step: int) -> Pending[Tensor]:
         """Return log-probs (N,) of the shared rollout."""
-        refs = [w.log_probs.remote(rollout) for w in self.workers]
+        refs = [w.log_probs.remote(rollout, step) for w in self.workers]
         return self._pending("log_probs", refs, scatter_rows)
 
 
@@ -204,10 +225,6 @@ class RolloutGroup(Group):
         """Replace the weights of every engine; returns the version that each acknowledges."""
         refs = [w.load_weights.remote(weights, version) for w in self.workers]
         return self._pending("load_weights", refs, list)
-
-
-def _nothing(_: list[Any]) -> None:
-    return None
 
 
 def _first(results: list[dict[str, float]]) -> dict[str, float]:

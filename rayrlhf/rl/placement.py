@@ -14,9 +14,11 @@ from rayrlhf.rl.groups import (
     ActorGroup,
     CriticGroup,
     Handle,
+    Pending,
     ReferenceGroup,
     RewardGroup,
     RolloutGroup,
+    nothing,
     wait_all,
 )
 from rayrlhf.rl.ranks import RoleSettings
@@ -126,14 +128,8 @@ def launch(
     group = placement_group(layout.bundles, strategy=layout.strategy)
     handles: dict[Role, list[Handle]] = {role: [] for role in ROLES}
     try:
-        try:
-            ray.get(group.ready(), timeout=deadline_s)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(
-                f"the placement group of the PPO roles is not ready after "
-                f"ppo.deadline_s={deadline_s:g} s: {layout.bundles}; see `ray "
-                "status` for who holds the resources"
-            ) from None
+        fix = f"{layout.bundles}; see `ray status` for who holds the resources"
+        Pending("placement_group", "ready", [group.ready()], nothing, deadline_s, fix).wait()
         hosts = _hosts(group, layout)
         for index, place in enumerate(layout.places):
             first = next(i for i, other in enumerate(layout.places) if other.role == place.role)

@@ -13,6 +13,7 @@ Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, Instruct
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,17 @@ from rayrlhf.training.checkpoint import STATE_DIR, begin, commit, is_complete, n
 
 NUM_SAMPLES = 3
 """Responses that each line of samples shows."""
+NOT_UPDATED = dict.fromkeys(
+    (
+        "policy/loss",
+        "policy/clip_fraction",
+        "policy/approx_kl",
+        "policy/first_ratio",
+        "policy/first_clip_fraction",
+    ),
+    math.nan,
+)
+"""Of a step that warms up the critic alone; the log has them as null."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ def train_ppo(recipe: Recipe) -> Path:
     cfg = recipe.ppo
     if cfg is None:
         raise RecipeError("the recipe has no ppo section: add one with `prompts:`")
-    stage_dir = recipe.path / "ppo"
+    # Workers write checkpoints, too, and Ray may have started them in another folder.
+    stage_dir = recipe.path.absolute() / "ppo"
     checkpoint = newest_checkpoint(stage_dir)
     state = restore(cfg, checkpoint)
     if is_complete(stage_dir / "final") and state.step >= cfg.steps:
@@ -125,7 +138,7 @@ def optimize(
             with timer("evaluate"):  # 2. start all, then wait once
                 (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
                     roles.actor.log_probs(shared, step),
-                    roles.reference.log_probs(shared),
+                    roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step),
                     roles.reward.score(shared),
                 )
@@ -176,6 +189,7 @@ def optimize(
             "policy/entropy": entropy,
             "value/explained_variance": explained_variance(values_BT, returns, mask),
             "weights/version": state.version,
+            **NOT_UPDATED,
             **rollout_metrics(rollout, timer),
             **timer.seconds,
         }
@@ -312,6 +326,8 @@ def role_settings(
             state_path=states.get(role),
             tokenizer_path=str((recipe.path / "tokenizer").absolute()),
             corpus_path=str((recipe.path / "corpus").absolute()),
+            documents_apart=recipe.pretrain is not None and recipe.pretrain.documents == "apart",
+            actor_ranks=recipe.resources.actor.num_workers,
             max_length=int(max(encoded.token_counts(prompts.ids))) + cfg.max_response_tokens,
             pad_id=pad_id if isinstance(pad_id, int) else tokenizer.eos_token_id,
             eos_id=tokenizer.eos_token_id,

@@ -13,16 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayrlhf.config import PPOConfig, TrainingConfig
-from rayrlhf.data.datasets import shard
-from rayrlhf.data.packing import microbatches
-from rayrlhf.rl.experience import (
-    Rollout,
-    RowReader,
-    TokenBatch,
-    minibatches,
-    rank_microbatches,
-)
-from rayrlhf.training.backend import Backend, make_backend
+from rayrlhf.rl.experience import Rollout, minibatches, rank_microbatches
+from rayrlhf.training.backend import Backend, forward_precision, make_backend
 from rayrlhf.training.checkpoint import STATE_DIR
 
 Rows = tuple[list[int], list[Tensor]]
@@ -41,6 +33,10 @@ class RoleSettings:
     tokenizer_path: str
     corpus_path: str
     """Folder of the packed rows, for PPO-ptx."""
+    documents_apart: bool
+    """Whether documents of a packed row do not see each other, as in pretraining."""
+    actor_ranks: int
+    """Workers of the actor, on whose micro-batches the reference works."""
     max_length: int
     """Longest prompt plus response, tokens."""
     pad_id: int
@@ -64,31 +60,50 @@ class Worker:
         torch.set_num_threads(settings.num_threads)
 
 
-class InferenceWorker(Worker):
-    """A rank of `reference` or `reward`: takes its share of the rows, whatever the minibatches."""
+class ModelWorker(Worker):
+    """A rank of a role that holds a model of torch."""
 
     training: TrainingConfig
-    """Of the trained role with the same model: same precision, same micro-batches."""
+    """Of the role; `reference` and `reward` have that of the trained role of the same model."""
+
+    def plans_of(
+        self, rollout: Rollout, step: int, epoch: int, world_size: int
+    ) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+        """Yield (rows of a minibatch, its micro-batches for each of `world_size` ranks)."""
+        lengths = rollout.lengths
+        for rows in minibatches(
+            len(rollout), self.cfg.num_minibatches, seed=self.settings.seed, step=step, epoch=epoch
+        ):
+            yield (
+                rows,
+                rank_microbatches(
+                    rows,
+                    lengths,
+                    world_size=world_size,
+                    tokens_per_microbatch=self.training.tokens_per_microbatch,
+                ),
+            )
+
+
+class InferenceWorker(ModelWorker):
+    """A rank of `reference` or `reward`: computes as the trained role of the same model does."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that the trained role's forward reads."""
+        is_bfloat16 = forward_precision(self.training, self.device) == "bfloat16"
+        return torch.bfloat16 if is_bfloat16 else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the precision that the trained role's forward runs in."""
-        if self.training.precision == "bfloat16":
+        """Return the autocast that the trained role's forward runs under, if any."""
+        if forward_precision(self.training, self.device) == "autocast":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def microbatches_of(self, rollout: Rollout) -> Iterator[TokenBatch]:
-        """Yield this rank's rows, sorted by length, cut by the token budget."""
-        reader = RowReader(rollout, pad_id=self.settings.pad_id)
-        lengths = rollout.lengths
-        mine = shard(range(len(rollout)), self.settings.rank, self.settings.world_size, lengths)
-        for group in microbatches([lengths[i] for i in mine], self.training.tokens_per_microbatch):
-            yield reader.tokens([mine[position] for position in group]).to(self.device)
 
-
-class TrainedWorker(Worker, ABC):
+class TrainedWorker(ModelWorker, ABC):
     """A rank of `actor` or `critic`."""
 
-    training: TrainingConfig
     role = ""
     _store: dist.TCPStore | None = None
 
@@ -106,7 +121,7 @@ class TrainedWorker(Worker, ABC):
         return self.settings.host, 0
 
     def start(self, address: tuple[str, int]) -> None:
-        """Join the other ranks at `address`, load the model and, on resume, the optimizer."""
+        """Join the other ranks at `address`, and load."""
         settings = self.settings
         if settings.world_size > 1:
             timeout = datetime.timedelta(seconds=self.cfg.deadline_s)
@@ -120,6 +135,10 @@ class TrainedWorker(Worker, ABC):
                 world_size=settings.world_size,
                 timeout=timeout,
             )
+        self.load()
+
+    def load(self) -> None:
+        """Load the model and, on resume, the optimizer; every rank calls it."""
         module = self.load_module()
         updates_per_step = self.cfg.epochs * self.cfg.num_minibatches
         self.backend: Backend = make_backend(
@@ -129,8 +148,8 @@ class TrainedWorker(Worker, ABC):
             total_steps=self.num_steps() * updates_per_step,
         )
         module.eval()  # no dropout, whatever the backend set
-        if settings.state_path is not None:
-            self.backend.load_state(settings.state_path)
+        if self.settings.state_path is not None:
+            self.backend.load_state(self.settings.state_path)
 
     @abstractmethod
     def load_module(self) -> torch.nn.Module:
@@ -144,20 +163,9 @@ class TrainedWorker(Worker, ABC):
         self, rollout: Rollout, step: int, epoch: int
     ) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield (response tokens of the whole minibatch, this rank's micro-batches)."""
-        lengths = rollout.lengths
-        for rows in minibatches(
-            len(rollout), self.cfg.num_minibatches, seed=self.settings.seed, step=step, epoch=epoch
-        ):
-            yield (
-                int(rollout.response_lengths[rows].sum()),
-                rank_microbatches(
-                    lengths=lengths,
-                    rows=rows,
-                    rank=self.settings.rank,
-                    world_size=self.settings.world_size,
-                    tokens_per_microbatch=self.training.tokens_per_microbatch,
-                ),
-            )
+        world_size = self.settings.world_size
+        for rows, plans in self.plans_of(rollout, step, epoch, world_size):
+            yield int(rollout.response_lengths[rows].sum()), plans[self.settings.rank]
 
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         """Add up over the ranks; every rank has the same names."""

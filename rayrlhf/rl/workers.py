@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.algorithms.losses import negative_log_likelihood, ppo_policy_loss, ppo_value_loss
-from rayrlhf.data.datasets import batch_indices
+from rayrlhf.data.datasets import batch_indices, shard
+from rayrlhf.data.packing import microbatches
+from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
@@ -48,20 +50,40 @@ class ReferenceWorker(InferenceWorker):
     def start(self) -> None:
         """Load the model."""
         self.training = self.cfg.actor
-        self.model = CausalLMModel.from_pretrained(self.settings.model_path)
+        self.model = CausalLMModel.from_pretrained(self.settings.model_path, dtype=self.dtype)
         self.model.to(self.device).eval()
 
     @torch.no_grad()
-    def log_probs(self, rollout: Rollout) -> Rows:
-        """Return log-probs of the response tokens, nats, at the sampling temperature."""
+    def log_probs(self, rollout: Rollout, step: int) -> Rows:
+        """Return log-probs of the response tokens, nats, at the sampling temperature.
+
+        On the very micro-batches of the actor's `log_probs`: with equal weights the KL is 0, in
+        bfloat16, too, where the sums of another batch shape round to other numbers.
+        """
+        reader = RowReader(rollout, pad_id=self.settings.pad_id)
         indices: list[int] = []
         rows: list[Tensor] = []
-        for micro in self.microbatches_of(rollout):
+        for group in self._groups(rollout, step):
+            micro = reader.tokens(group).to(self.device)
             with self.autocast():
                 log_probs = response_log_probs(self.model, micro, self.cfg.temperature)
             indices += micro.indices
             rows += unpadded(log_probs, micro.mask)
         return indices, rows
+
+    def _groups(self, rollout: Rollout, step: int) -> list[list[int]]:
+        """Return this rank's share of the micro-batches of all ranks of the actor."""
+        settings, lengths = self.settings, rollout.lengths
+        groups = [
+            group
+            for _, plans in self.plans_of(rollout, step, epoch=0, world_size=settings.actor_ranks)
+            for plan in plans
+            for group in plan
+            if group
+        ]
+        tokens = [len(group) * max(lengths[row] for row in group) for group in groups]
+        mine = shard(range(len(groups)), settings.rank, settings.world_size, tokens)
+        return [groups[index] for index in mine]
 
 
 class RewardWorker(InferenceWorker):
@@ -70,15 +92,20 @@ class RewardWorker(InferenceWorker):
     def start(self) -> None:
         """Load the model with its shift."""
         self.training = self.cfg.critic
-        self.model = ScalarHeadModel.from_pretrained(self.settings.model_path)
+        self.model = ScalarHeadModel.from_pretrained(self.settings.model_path, dtype=self.dtype)
         self.model.to(self.device).eval()
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Rows:
         """Return the score of each response; 0 is the mean score of the demonstrations."""
+        settings, lengths = self.settings, rollout.lengths
+        reader = RowReader(rollout, pad_id=settings.pad_id)
+        mine = shard(range(len(rollout)), settings.rank, settings.world_size, lengths)
+        groups = microbatches([lengths[i] for i in mine], self.training.tokens_per_microbatch)
         indices: list[int] = []
         rows: list[Tensor] = []
-        for micro in self.microbatches_of(rollout):
+        for group in groups:
+            micro = reader.tokens([mine[position] for position in group]).to(self.device)
             with self.autocast():
                 scores = self.model(micro.input_ids, micro.attention_mask)  # (b, S)
             last = last_scores(scores, micro.attention_mask.sum(dim=1))  # (b,)
@@ -134,11 +161,11 @@ class ActorWorker(TrainedWorker):
     def __init__(self, settings: RoleSettings) -> None:
         super().__init__(settings)
         self.training = settings.ppo.actor
-        self.corpus = (
-            PackedRows(settings.corpus_path, "train") if settings.ppo.ptx_coef > 0 else None
-        )
+        self.corpus: PackedRows | None = None
 
     def load_module(self) -> torch.nn.Module:
+        if self.cfg.ptx_coef > 0:
+            self.corpus = PackedRows(self.settings.corpus_path, "train")
         self.model = CausalLMModel.from_pretrained(self.settings.model_path)
         return self.model
 
@@ -229,22 +256,28 @@ class ActorWorker(TrainedWorker):
             num_records=len(corpus),
             batch_size=self.cfg.ptx_batch_size,
         )
-        places = list(range(len(wanted)))
+        rows = corpus[wanted]  # (n, S)
+        attention_mask, loss_mask = row_masks(
+            rows, self.settings.eos_id, apart=self.settings.documents_apart
+        )
+        num_tokens = int(loss_mask.sum())  # of all ranks
         groups = rank_microbatches(
-            places,
+            range(len(wanted)),
             [corpus.row_length] * len(wanted),
-            rank=self.settings.rank,
             world_size=self.settings.world_size,
             tokens_per_microbatch=self.training.tokens_per_microbatch,
-        )
-        num_tokens = len(wanted) * (corpus.row_length - 1)
+        )[self.settings.rank]
         sums: dict[str, Tensor] = {"ptx/loss": torch.zeros(()), "ptx/num_tokens": torch.zeros(())}
         for position, group in enumerate(groups):
-            rows = corpus[[wanted[place] for place in group or [0]]].to(self.device)  # (b, S)
-            mask = torch.ones_like(rows) if group else torch.zeros_like(rows)
-            mask[:, 0] = 0  # nothing precedes token 0
-            log_probs = self.backend(rows, torch.ones_like(rows))  # (b, S)
-            loss_sum, metrics = negative_log_likelihood(log_probs, mask.float())
+            places = group or [0]
+            mask = loss_mask[places].to(self.device)  # (b, S)
+            mask &= bool(group)  # an empty one takes part without a loss
+            log_probs = self.backend(
+                rows[places].to(self.device),
+                attention_mask[places].to(self.device),
+                positions=mask,
+            )  # (b, S)
+            loss_sum, metrics = negative_log_likelihood(log_probs, mask)
             self.backend.backward(
                 self.cfg.ptx_coef * loss_sum, num_tokens, is_last=position == len(groups) - 1
             )
@@ -252,11 +285,11 @@ class ActorWorker(TrainedWorker):
             sums["ptx/num_tokens"] += mask.sum().cpu()
         return sums
 
-    def weights(self) -> dict[str, npt.NDArray[np.float32]] | None:
-        """Return {Hugging Face name: float32 array} of all weights; None but on rank 0."""
+    def weights(self) -> tuple[bool, dict[str, npt.NDArray[np.float32]] | None]:
+        """Return (True, {Hugging Face name: float32 array} of all weights; None but on rank 0)."""
         pairs = named_weights(self.model, self.backend.full_weights())
         found = {name: tensor.numpy() for name, tensor in pairs}
-        return found if self.settings.rank == 0 else None
+        return True, (found if self.settings.rank == 0 else None)
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder with the tokenizer (rank 0; the others take part)."""

@@ -62,7 +62,13 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
     """Return settings(**keys of PPOConfig)."""
 
     def make(
-        *, model: Path = small_model, corpus: str = "", seed: int = 0, **keys: Any
+        *,
+        model: Path = small_model,
+        corpus: str = "",
+        documents_apart: bool = False,
+        actor_ranks: int = 1,
+        seed: int = 0,
+        **keys: Any,
     ) -> RoleSettings:
         defaults: dict[str, Any] = {
             "prompts": "none",
@@ -79,6 +85,8 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
             state_path=None,
             tokenizer_path=str(tiny_tokenizer),
             corpus_path=corpus,
+            documents_apart=documents_apart,
+            actor_ranks=actor_ranks,
             max_length=16,
             pad_id=PAD,
             eos_id=EOS,
@@ -103,6 +111,7 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
         own: RoleSettings,
         *,
         checkpoint: Path | None = None,
+        critic: RoleSettings | None = None,
         reward: type[RewardWorker] = CountingReward,
     ) -> Roles:
         state = checkpoint / "training_state" if checkpoint else None
@@ -111,11 +120,12 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
             if state
             else own
         )
-        critic = (
-            replace(own, model_path=str(state / "critic"), state_path=str(state / "critic"))
-            if state
-            else replace(own, model_path=str(small_critic))
-        )
+        if critic is None:
+            critic = (
+                replace(own, model_path=str(state / "critic"), state_path=str(state / "critic"))
+                if state
+                else replace(own, model_path=str(small_critic))
+            )
         rollout = RolloutWorker(own)
         rollout.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
         workers = {

@@ -46,11 +46,15 @@ class InlineRay:
 
 
 class InlineMethod:
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], num_returns: int = 1) -> None:
+        self.function, self.num_returns = function, num_returns
 
-    def remote(self, *args: Any) -> Ref:
-        return Ref(self.function(*[a.value if isinstance(a, Ref) else a for a in args]))
+    def options(self, *, num_returns: int) -> "InlineMethod":
+        return InlineMethod(self.function, num_returns)
+
+    def remote(self, *args: Any) -> Any:
+        value = self.function(*[a.value if isinstance(a, Ref) else a for a in args])
+        return Ref(value) if self.num_returns == 1 else [Ref(part) for part in value]
 
 
 class InlineHandle:
@@ -124,7 +128,9 @@ class CountingReward(RewardWorker):
 def engine_model(folder: Path, tiny_model: Path, *, seed: int = 0) -> Path:
     """Write a random model as small as vLLM's attention on CPU allows: heads of 32."""
     torch.manual_seed(seed)
-    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=64, head_dim=32)
+    config = LlamaConfig.from_pretrained(
+        tiny_model, hidden_size=64, head_dim=32, max_position_embeddings=512
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder

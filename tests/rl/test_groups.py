@@ -1,5 +1,6 @@
 """Calls to roles: order, deadlines, and errors that name the role and the call."""
 
+import time
 from typing import Any
 
 import pytest
@@ -44,6 +45,32 @@ def test_a_deadline_names_the_role_and_the_call(monkeypatch: pytest.MonkeyPatch)
         critic.values("rollout", 0).wait()
 
 
+def test_a_long_wait_says_what_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One role is done at once, the other in the fourth interval: three have a line."""
+    intervals = iter(range(4))
+
+    class Slow(InlineRay):
+        @staticmethod
+        def wait(refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+            done = [ref for ref in refs if ref.value[0] == [0]]
+            if not done:
+                time.sleep(timeout)
+                done = refs if next(intervals) == 3 else []
+            return done, [ref for ref in refs if ref not in done]
+
+    monkeypatch.setattr(groups, "ray", Slow)
+    monkeypatch.setattr(groups, "LINE_EVERY_S", 0.02)
+    quick, slow = (
+        CriticGroup([InlineHandle(Rank(indices))], deadline_s=9.4) for indices in ([0], [1, 0])
+    )
+    slow.role = "slow"
+    wait_all(quick.values("rollout", 0), slow.values("rollout", 0))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["ppo: waiting for slow.values, 9 s left"] * 3
+
+
 @pytest.mark.parametrize(
     ("raised", "kind", "said"),
     [
@@ -73,8 +100,8 @@ def test_an_error_of_a_worker_names_the_role(
 
 
 class WeightSource:
-    def weights(self) -> dict[str, int]:
-        return {"w": 1}
+    def weights(self) -> tuple[bool, dict[str, int]]:
+        return True, {"w": 1}
 
 
 class Engine:
@@ -95,6 +122,27 @@ def test_every_engine_acknowledges_the_version(inline_ray: None) -> None:
     assert [engine.weights for engine in engines] == [{"w": 1}] * 2
     with pytest.raises(RuntimeError, match="engine 0 acknowledged version 4"):
         sync_weights(actor, rollout, version=5)
+
+
+def test_weights_never_come_to_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Watched(InlineRay):
+        @staticmethod
+        def get(refs: Any) -> Any:
+            seen.append(InlineRay.get(refs))
+            return seen[-1]
+
+        @staticmethod
+        def wait(refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+            seen.extend(ref.value for ref in refs)
+            return InlineRay.wait(refs, num_returns, timeout)
+
+    monkeypatch.setattr(groups, "ray", Watched)
+    actor = ActorGroup([InlineHandle(WeightSource()) for _ in range(2)], deadline_s=1)
+    assert actor.weights().wait().value == {"w": 1}
+    assert seen
+    assert {"w": 1} not in seen
 
 
 def test_a_sync_that_hangs_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:

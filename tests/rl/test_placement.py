@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import ray
 
 from rayrlhf.config import Recipe, RecipeError, parse
-from rayrlhf.rl.placement import plan
+from rayrlhf.rl import groups
+from rayrlhf.rl.placement import launch, plan
 
 
 def recipe(**resources: Any) -> Recipe:
@@ -72,3 +74,22 @@ def test_a_shortage_names_the_resource(
         return
     with pytest.raises(RecipeError, match=said):
         plan(recipe(**resources), nodes)
+
+
+@pytest.mark.ray
+def test_a_placement_group_that_never_becomes_ready_names_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(groups, "LINE_EVERY_S", 0.5)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with (
+            pytest.raises(TimeoutError, match=r"placement_group\.ready .*deadline_s=1\.2 .*CPU"),
+            launch(plan(recipe(actor={"cpus": 8})), {}, deadline_s=1.2),
+        ):
+            pass
+    finally:
+        ray.shutdown()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ppo:")]
+    assert lines[0] == "ppo: waiting for placement_group.ready, 1 s left"
+    assert len(lines) == 2

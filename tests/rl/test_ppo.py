@@ -1,7 +1,10 @@
 """The controller's loop, with the real workers in this process."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import PPOConfig, RecipeError, parse
 from rayrlhf.metrics import MetricsLogger, read_jsonl
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.rl import ppo
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ppo import Prompts, check_mismatch, judge, optimize, restore, train_ppo
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.training.checkpoint import newest_checkpoint
-from tests.rl.inline import VOCAB
+from rayrlhf.training.backend import learning_rate
+from rayrlhf.training.checkpoint import is_complete, newest_checkpoint
+from tests.rl.inline import VOCAB, InlineHandle
 from tests.toy import PPO_METRICS
 
 PROMPTS = [[3, 4, 2 + i % 10] for i in range(20)]
@@ -64,7 +70,7 @@ def test_every_metric_is_logged(train: Callable[..., Any], tmp_path: Path) -> No
         assert set(row) >= PPO_METRICS
         assert (row["policy/first_ratio"], row["policy/first_clip_fraction"]) == (1, 0)
         assert row["kl/rollout_mismatch"] < 1e-5
-    assert rows[0]["kl/ref_per_response"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["kl/ref_per_response"] == 0
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert [s["step"] for s in samples] == [2] * 3 + [3] * 3
     assert {"prompt", "text", "score"} <= set(samples[0])
@@ -121,18 +127,42 @@ def test_resume_equals_an_uninterrupted_run(train: Callable[..., Any], tmp_path:
 def test_critic_warmup_freezes_the_actor_only(train: Callable[..., Any]) -> None:
     rows = train(steps=3, critic_warmup_steps=2, actor={"learning_rate": 1e-2})
     assert [row["weights/version"] for row in rows] == [0, 0, 1]
-    assert ["policy/loss" in row for row in rows] == [False, False, True]
-    assert rows[1]["kl/ref_per_response"] == pytest.approx(0, abs=1e-5)
-    assert all("value/loss" in row for row in rows)
+    for name in ("loss", "clip_fraction", "approx_kl", "first_ratio", "first_clip_fraction"):
+        assert [row[f"policy/{name}"] is None for row in rows] == [True, True, False], name
+    assert set(rows[0]) >= PPO_METRICS
+    assert rows[1]["kl/ref_per_response"] == 0
+    assert all(row["value/loss"] > 0 for row in rows)
 
 
-def test_kl_enters_the_reward_and_nothing_else(train: Callable[..., Any]) -> None:
+def test_04_kl_enters_the_reward_and_nothing_else(train: Callable[..., Any]) -> None:
+    """The first step starts at a KL of 0, so its coefficient changes nothing, in no minibatch.
+
+    The second rolls out from equal weights at a KL that is not 0, and the returns, less the
+    scores and the penalty of truncated responses, are -beta * KL.
+    """
     keys = {"steps": 2, "actor": {"learning_rate": 1e-2}}
-    without, with_kl = (train(str(coef), kl_coef=coef, **keys) for coef in (0.0, 0.5))
-    assert without[0]["policy/loss"] == pytest.approx(with_kl[0]["policy/loss"], abs=1e-4)
-    gap = without[1]["reward/return_mean"] - without[1]["reward/score_mean"]
-    penalty = without[1]["rollout/truncated_fraction"] * PPOConfig(prompts="").missing_eos_penalty
-    assert gap == pytest.approx(-penalty, abs=1e-5)
+    without, with_kl = (timeless(train(str(coef), kl_coef=coef, **keys)) for coef in (0.0, 0.5))
+    assert {**with_kl[0], "kl/coef": 0.0} == without[0]
+    assert with_kl[0]["policy/approx_kl"] > 0  # where a penalty in the loss would act
+    kl = with_kl[1]["kl/ref_per_response"]
+    assert abs(kl) > 1e-3 and kl == without[1]["kl/ref_per_response"]
+    for coef, row in ((0.0, without[1]), (0.5, with_kl[1])):
+        penalty = row["rollout/truncated_fraction"] * PPOConfig(prompts="").missing_eos_penalty
+        gap = row["reward/return_mean"] - row["reward/score_mean"] + penalty
+        assert gap == pytest.approx(-coef * kl, abs=1e-5)
+
+
+def test_33_learning_rates_follow_the_schedule(train: Callable[..., Any]) -> None:
+    """One optimizer step per minibatch; the actor's schedule begins after the warm-up."""
+    optimizer = {"learning_rate": 1e-2, "warmup_ratio": 0.5, "min_learning_rate_ratio": 0.1}
+    keys = {"epochs": 2, "num_minibatches": 4, "critic_warmup_steps": 1, "save_every": 2}
+    rows = train(steps=4, actor=optimizer, critic=optimizer, **keys)
+    cfg = PPOConfig(prompts="", actor=optimizer, critic=optimizer, **keys)  # type: ignore[arg-type]
+    for name, training, steps in (("critic", cfg.critic, 4), ("policy", cfg.actor, 3)):
+        last = [learning_rate(8 * step + 7, training, 8 * steps) for step in range(steps)]
+        assert last[-1] == pytest.approx(1e-3)
+        assert [row.get(f"{name}/learning_rate") for row in rows[4 - steps :]] == last
+    assert "policy/learning_rate" not in rows[0]
 
 
 @pytest.mark.parametrize(
@@ -183,3 +213,74 @@ def test_missing_models_are_named_before_ray_starts(tmp_path: Path, tiny_model: 
     )
     with pytest.raises(RecipeError, match="reward/final"):
         train_ppo(recipe)
+
+
+def test_workers_of_another_folder_write_where_the_run_is(
+    make_roles: Callable[..., Roles],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run_dir is relative to where the command was given, and Ray was started elsewhere."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    ScalarHeadModel.from_causal_lm(tiny_model).save_pretrained(here / "run" / "reward" / "final")
+    (here / "prompts.jsonl").write_text('{"prompt": "The movie"}\n' * 8, encoding="utf-8")
+    recipe = parse(
+        {
+            "name": "x",
+            "run_dir": "run",
+            "model": {"path": str(tiny_model), "max_length": 64},
+            "ppo": {
+                "prompts": "prompts.jsonl",
+                "steps": 2,
+                "batch_size": 8,
+                "max_response_tokens": 4,
+                "save_every": 1,
+            },
+        }
+    )
+
+    class Elsewhere(InlineHandle):
+        """A worker in a process with another working directory."""
+
+        def __getattr__(self, name: str) -> Any:
+            method = super().__getattr__(name)
+            call = method.function
+
+            def there(*args: Any) -> Any:
+                os.chdir(elsewhere)
+                try:
+                    return call(*args)
+                finally:
+                    os.chdir(here)
+
+            method.function = there
+            return method
+
+    @contextmanager
+    def launch(layout: Any, settings: Any, deadline_s: float) -> Iterator[Roles]:
+        os.chdir(elsewhere)
+        roles = make_roles(settings["actor"], critic=settings["critic"])
+        os.chdir(here)
+        for group in vars(roles).values():
+            group.workers = [Elsewhere(handle.worker) for handle in group.workers]
+        yield roles
+
+    monkeypatch.setattr(ppo, "launch", launch)
+    monkeypatch.setattr(ppo, "cluster_nodes", lambda: [{"CPU": 8.0}])
+    monkeypatch.setattr(ppo.session, "connect", lambda recipe: None)
+    monkeypatch.setattr(ppo.session, "require", lambda *args, **keys: None)
+    final = train_ppo(recipe)
+    assert final == here / "run" / "ppo" / "final" and is_complete(final)
+    newest = newest_checkpoint(here / "run" / "ppo")
+    assert newest is not None and newest.name == "step-00000002"
+    assert (newest / "model.safetensors").is_file()
+    assert not list(elsewhere.iterdir())
+
+    # Resumed from a relative folder: the roles load what the others wrote.
+    shutil.rmtree(newest)
+    shutil.rmtree(final)
+    assert is_complete(train_ppo(recipe)) and is_complete(newest)

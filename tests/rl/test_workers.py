@@ -1,17 +1,22 @@
 """The roles, one rank each, on a model of a dozen tokens."""
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 import torch
 
+from rayrlhf.data.packing import pack_best_fit
+from rayrlhf.data.rows import write_shard
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.rl.experience import Experience, Rollout
+from rayrlhf.rl.experience import Experience, Rollout, RowReader, scatter_rows
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.workers import (
     ActorWorker,
@@ -20,7 +25,7 @@ from rayrlhf.rl.workers import (
     RewardWorker,
     RolloutWorker,
 )
-from tests.rl.inline import SmallEngine
+from tests.rl.inline import EOS, SmallEngine
 
 Make = Callable[..., RoleSettings]
 
@@ -54,7 +59,7 @@ def experience(rollout: Rollout, old: torch.Tensor, advantages: torch.Tensor) ->
 
 
 def digest(worker: ActorWorker) -> str:
-    weights = worker.weights() or {}
+    weights = worker.weights()[1] or {}
     return hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()
 
 
@@ -81,7 +86,7 @@ def test_engine_actor_and_reference_agree_at_the_temperature(
     rows, entropy = actor.log_probs(rollout, 0)
     log_probs = flat(rows)
     assert torch.allclose(log_probs, rollout.log_probs, atol=1e-5)
-    assert torch.allclose(log_probs, flat(reference.log_probs(rollout)), atol=1e-5)
+    assert torch.equal(log_probs, flat(reference.log_probs(rollout, 0)))
     assert 0 < entropy / len(log_probs) < 2.49  # ln 12
 
 
@@ -99,12 +104,70 @@ def test_log_probs_equal_those_of_a_row_alone(settings: Make) -> None:
         assert torch.allclose(found, alone, atol=1e-5)
 
 
-def test_dropout_is_off(settings: Make) -> None:
-    own = settings()
-    rollout, actor = sample(own), actor_of(own)
-    assert not any(module.training for module in actor.model.modules())
-    first, second = (flat(actor.log_probs(rollout, 0)[0]) for _ in range(2))
-    assert torch.equal(first, second)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_16_kl_of_equal_weights_is_exactly_0(
+    settings: Make, precision: str, num_workers: int
+) -> None:
+    """Whatever the number of reference workers, with padded rows in many micro-batches."""
+    own = settings(actor={"precision": precision, "tokens_per_microbatch": 24}, batch_size=32)
+    rollout = sample(own)
+    assert len(set(rollout.lengths)) > 2
+    for step in (0, 5):
+        log_probs = flat(actor_of(own).log_probs(rollout, step)[0])
+        parts = []
+        for rank in range(num_workers):
+            reference = ReferenceWorker(replace(own, rank=rank, world_size=num_workers))
+            reference.start()
+            parts.append(reference.log_probs(rollout, step))
+        ref_log_probs = scatter_rows(parts)
+        assert torch.equal(log_probs, ref_log_probs)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_16_reward_model_computes_as_the_critic(
+    settings: Make, small_critic: Path, precision: str
+) -> None:
+    own = replace(settings(critic={"precision": precision}), model_path=str(small_critic))
+    rollout = sample(settings())
+    critic, reward = CriticWorker(own), RewardWorker(own)
+    critic.start(("", 0))
+    reward.start()
+    micro = RowReader(rollout, pad_id=own.pad_id).tokens(range(4))
+    with torch.no_grad(), reward.autocast():
+        scores = reward.model(micro.input_ids, micro.attention_mask)
+    with torch.no_grad():
+        assert torch.equal(scores, critic.backend(micro.input_ids, micro.attention_mask))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_15_dropout_is_off_in_every_role(
+    settings: Make, small_model: Path, small_critic: Path, tmp_path: Path, mode: str
+) -> None:
+    """Two forwards are bit-equal on models whose folders ask for dropout, in either mode."""
+    folders = []
+    for source in (small_model, small_critic):
+        folders.append(shutil.copytree(source, tmp_path / source.name))
+        config = json.loads((folders[-1] / "config.json").read_text())
+        (folders[-1] / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    policy, values = (replace(settings(), model_path=str(folder)) for folder in folders)
+    rollout = sample(settings())
+    actor, critic = actor_of(policy), CriticWorker(values)
+    critic.start(("", 0))
+    reference, reward = ReferenceWorker(policy), RewardWorker(values)
+    reference.start()
+    reward.start()
+    for worker in (actor, critic, reference, reward):
+        assert not any(module.training for module in worker.model.modules())
+        worker.model.train(mode == "train")
+    calls: list[Callable[[], Any]] = [
+        lambda: actor.log_probs(rollout, 0)[0],
+        lambda: critic.values(rollout, 0),
+        lambda: reference.log_probs(rollout, 0),
+        lambda: reward.score(rollout),
+    ]
+    for call in calls:
+        assert torch.equal(flat(call()), flat(call()))
 
 
 def test_a_step_with_inf_leaves_the_weights_alone(settings: Make) -> None:
@@ -192,14 +255,19 @@ def test_critic_learns_the_returns(settings: Make, small_critic: Path) -> None:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Rows that count up and down, so that there is something to learn."""
-    rows = [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
-    tokens = pa.FixedSizeListArray.from_arrays(
-        pa.array([t for row in rows for t in row], pa.int32()), 8
+    return write_corpus(
+        tmp_path, [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
     )
-    table = pa.table({"tokens": tokens})
-    with pa.ipc.new_file(str(tmp_path / "train-00000.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    return tmp_path
+
+
+def write_corpus(folder: Path, rows: Any) -> Path:
+    """Write rows (n, T) as a corpus of one shard."""
+    folder.mkdir(exist_ok=True)
+    packed = np.asarray(rows, dtype=np.int32)
+    shard = write_shard(folder / "train-00000.arrow", packed)
+    manifest = {"row_length": packed.shape[1], "splits": {"train": {"shards": [shard]}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
 
 
 def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
@@ -227,6 +295,54 @@ def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
     assert mixed < none - 0.2
     assert metrics["policy/first_ratio"] == 1.0
     assert 0 < metrics["ptx/loss"] < 2.6  # nats per token, about ln 12 at the start
+
+
+@pytest.mark.parametrize("documents_apart", [False, True])
+def test_ptx_neither_learns_nor_counts_the_filling_of_a_row(
+    settings: Make, tmp_path: Path, documents_apart: bool
+) -> None:
+    """The loss is the mean over the documents' tokens, each document by hand."""
+    documents = [[3, 4, 5, 6, 7], [8, 9, 10], [11, 2], [4, 4, 9, 3]]
+    packed, filling = pack_best_fit(documents, 12, EOS)
+    assert packed.shape == (2, 12) and filling == 6
+    own = settings(
+        corpus=str(write_corpus(tmp_path / "corpus", packed)),
+        documents_apart=documents_apart,
+        ptx_coef=1.0,
+        ptx_batch_size=2,
+        num_minibatches=1,
+        actor={"tokens_per_microbatch": 12},
+    )
+    model = load_causal_lm(own.model_path)
+    texts = [[*text, EOS] for text in documents]
+    if not documents_apart:  # those of a row are one text
+        kept = [list(row) for row in packed]
+        texts = [row[: len(row) - _filling(row)] for row in kept]
+    losses = []
+    for text in texts:
+        ids = torch.tensor([text])
+        losses += (-token_log_probs(model, ids, torch.ones_like(ids))[0, 1:]).tolist()
+    rollout, actor = sample(own), actor_of(own)
+    old = flat(actor.log_probs(rollout, 0)[0])
+    metrics = actor.update(experience(rollout, old, torch.zeros_like(old)), 0)
+    assert metrics["ptx/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+    # The gradient is that of the same mean: advantages of 0 add none.
+    mean = sum(
+        -token_log_probs(
+            model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.int64)
+        ).sum()
+        for text in texts
+    ) / len(losses)
+    mean.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def _filling(row: list[int]) -> int:
+    """Count the end-of-text tokens after the first of those that end the row."""
+    count = next(i for i, token in enumerate(reversed(row)) if token != EOS)
+    return count - 1
 
 
 def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
