@@ -9,9 +9,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
@@ -59,7 +60,7 @@ class ResourcesConfig(Section):
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs of each Ray Train worker."""
     gpus_per_worker: NonNegative = 0
-    """GPUs of each Ray Train worker."""
+    """GPUs of each Ray Train worker, at most 1: more ranks use more GPUs."""
     num_threads: Positive = 1
     """Threads of torch in each Ray Train worker."""
     actor: RoleResources = RoleResources()
@@ -73,6 +74,28 @@ class ResourcesConfig(Section):
     """Seconds to wait for an autoscaler to bring what is missing; 0 fails at once."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often Ray Train restarts its workers from the newest checkpoint after one died."""
+
+    @model_validator(mode="after")
+    def _workers_can_be_placed(self) -> Self:
+        for role in ROLES:
+            own = self.role(role)
+            if own.cpus == 0:
+                raise ValueError(
+                    f"resources.{role}.cpus=0: Ray places a worker only where it holds something: "
+                    f"set resources.{role}.cpus=0.01"
+                )
+            if own.gpus > 1 and role != "rollout":
+                raise ValueError(
+                    f"resources.{role}.gpus={own.gpus:g}: a worker of this role computes on one "
+                    f"GPU: set resources.{role}.gpus=1 and raise resources.{role}.num_workers"
+                )
+            _whole_beyond_one(f"resources.{role}.gpus", own.gpus)
+        if self.gpus_per_worker > 1:
+            raise ValueError(
+                f"resources.gpus_per_worker={self.gpus_per_worker:g}: a worker computes on one "
+                "GPU: set resources.gpus_per_worker=1 and raise resources.num_workers"
+            )
+        return self
 
     def role(self, role: Role) -> RoleResources:
         """Return what `role` gets."""
@@ -96,6 +119,13 @@ class ResourcesConfig(Section):
         if stage in TRAINED_STAGES:
             return [{"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}] * self.num_workers
         return [{"CPU": 1.0}]
+
+
+def _whole_beyond_one(key: str, gpus: float) -> None:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(
+            f"{key}={gpus:g}: Ray shares out parts of one GPU, or whole ones: set {key}={int(gpus)}"
+        )
 
 
 class TokenizerConfig(Section):
@@ -484,10 +514,11 @@ class Recipe(Section):
     """Names the run and its folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     run_dir: str = ""
-    """Where everything is written; empty means runs/<name>."""
+    """Where everything is written, a local path or a `file://` URI; empty means runs/<name>."""
     resources: ResourcesConfig = ResourcesConfig()
-    tracking: tuple[Literal["tensorboard"], ...] = ()
-    """Trackers beside metrics.jsonl."""
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers beside metrics.jsonl; W&B and MLflow take address and key from their own
+    environment variables."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     corpus: CorpusConfig | None = None
@@ -500,7 +531,8 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        place = unquote(urlsplit(self.run_dir).path) if "://" in self.run_dir else self.run_dir
+        return Path(place or f"runs/{self.name}")
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -514,6 +546,18 @@ class Recipe(Section):
             "evaluate": self.evaluate,
         }
         return tuple(stage for stage in STAGES if present[stage] is not None)
+
+    @field_validator("run_dir")
+    @classmethod
+    def _is_a_local_path(cls, run_dir: str) -> str:
+        if "://" in run_dir:
+            uri = urlsplit(run_dir)
+            if uri.scheme != "file" or uri.netloc not in ("", "localhost") or len(uri.path) < 2:
+                raise ValueError(
+                    f"run_dir={run_dir}: checkpoints need a file system: mount the bucket or share "
+                    "on every node, and set run_dir to a path there, such as /mnt/bucket/runs/NAME"
+                )
+        return run_dir
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -567,7 +611,8 @@ class Recipe(Section):
                     "ppo.num_minibatches"
                 )
         head_size = self.model.hidden_size // self.model.num_heads
-        if self.model.path is None and head_size not in HEAD_SIZES:
+        on_cpu = self.resources.rollout.gpus == 0
+        if on_cpu and self.model.path is None and head_size not in HEAD_SIZES:
             raise ValueError(
                 f"model.hidden_size / model.num_heads = {head_size} is a head size that vLLM "
                 f"cannot roll out on CPU: change one of the two to get one of "

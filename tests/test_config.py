@@ -90,6 +90,20 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
             ["ppo.actor.precision='auto'", "float32"],
         ),
         ({"name": "a/b"}, ["name='a/b'"]),
+        (
+            {"resources": {"actor": {"cpus": 0}}},
+            ["resources.actor.cpus=0", "set resources.actor.cpus=0.01"],
+        ),
+        (
+            {"resources": {"critic": {"gpus": 2}}},
+            ["resources.critic.gpus=2", "raise resources.critic.num_workers"],
+        ),
+        ({"resources": {"rollout": {"gpus": 1.5}}}, ["set resources.rollout.gpus=1"]),
+        ({"resources": {"gpus_per_worker": 2}}, ["raise resources.num_workers"]),
+        ({"tracking": ["wnadb"]}, ["tracking.0='wnadb'", "'wandb'"]),
+        ({"run_dir": "s3://bucket/x"}, ["run_dir=s3://bucket/x", "mount the bucket"]),
+        ({"run_dir": "file://host/x"}, ["run_dir=file://host/x", "mount"]),
+        ({"run_dir": "file:///"}, ["run_dir=file:///"]),
     ],
 )
 def test_errors_name_the_value_and_the_fix(changes: dict[str, Any], says: list[str]) -> None:
@@ -97,6 +111,31 @@ def test_errors_name_the_value_and_the_fix(changes: dict[str, Any], says: list[s
     for text in says:
         assert text in message
     assert len(message.splitlines()) <= 2
+
+
+def test_only_rollout_takes_several_gpus() -> None:
+    resources = {"rollout": {"gpus": 2}, "actor": {"gpus": 1}, "critic": {"gpus": 0.5}}
+    recipe = config.parse({**MINIMAL, "resources": resources})
+    assert recipe.resources.bundles("ppo")[-1] == {"CPU": 0.25, "GPU": 2.0}
+
+
+def test_head_sizes_are_limited_where_vllm_runs_on_cpu() -> None:
+    changes = {"model": {"num_heads": 4, "num_kv_heads": 4}}
+    assert "= 48 is a head size" in refuse(changes)
+    config.parse({**MINIMAL, **changes, "resources": {"rollout": {"gpus": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "path"),
+    [
+        ("", "runs/toy"),
+        ("/a b/c", "/a b/c"),
+        ("file:///mnt/a%20b/c", "/mnt/a b/c"),
+        ("file://localhost/mnt/c", "/mnt/c"),
+    ],
+)
+def test_the_run_directory_is_a_local_path(run_dir: str, path: str) -> None:
+    assert config.parse({**MINIMAL, "run_dir": run_dir}).path == Path(path)
 
 
 def test_ptx_needs_a_corpus() -> None:
