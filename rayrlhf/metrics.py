@@ -4,14 +4,17 @@ The process that trains writes `metrics.jsonl` with a MetricsLogger; the process
 shows what arrives there with `follow`, so that both can be on different nodes of a cluster.
 """
 
+import importlib.util
 import json
 import os
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 
 class Timer:
@@ -29,6 +32,21 @@ class Timer:
         finally:
             key = f"time/{phase}_s"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow-skinny"}
+"""What pip installs for each tracker."""
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+class Tracker(Protocol):
+    """What shows metrics elsewhere while a stage runs."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the finite metrics of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
 
 
 class MetricsLogger:
@@ -56,21 +74,16 @@ class MetricsLogger:
             _keep_until(path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._samples = self.samples_path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(self.dir) if "tensorboard" in trackers else None
+        self._trackers = [_TRACKERS[name](self.dir) for name in trackers]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of `step` (floats; NaN is written as null)."""
         total = {} if self.num_steps is None else {"num_steps": self.num_steps}
-        line = {
-            "step": step,
-            "time": time.time(),
-            **total,
-            **{k: _finite(v) for k, v in metrics.items()},
-        }
-        _append(self._file, line)
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        numbers = {name: _finite(value) for name, value in metrics.items()}
+        _append(self._file, {"step": step, "time": time.time(), **total, **numbers})
+        finite = {name: value for name, value in numbers.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(step, finite)
 
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
         """Write one generated text with its prompt to samples.jsonl."""
@@ -80,14 +93,20 @@ class MetricsLogger:
         """Flush and close every file."""
         self._file.close()
         self._samples.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_installed(tracker: str) -> bool:
+    """Tell whether the package of a tracker can be imported; imports nothing."""
+    module = _MODULES[tracker]
+    return module in sys.modules or importlib.util.find_spec(module) is not None
 
 
 @contextmanager
@@ -99,27 +118,13 @@ def follow(
     Lines that are there before the block starts are not shown. Reading goes on in a thread, every
     `interval_s` seconds, and once more at the end.
     """
-    sources = {kind: Path(stage_dir) / f"{kind}.jsonl" for kind in ("metrics", "samples")}
-    seen = {kind: _last_time(path) for kind, path in sources.items()}
-    offsets = dict.fromkeys(sources, 0)
+    tails = {kind: _Tail(Path(stage_dir) / f"{kind}.jsonl") for kind in ("metrics", "samples")}
     stop = threading.Event()
 
     def read() -> None:
-        for kind, path in sources.items():
-            if not path.exists():
-                continue
-            if path.stat().st_size < offsets[kind]:
-                offsets[kind] = 0  # a resumed run removed lines
-            with path.open("rb") as file:
-                file.seek(offsets[kind])
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # half-written; read again next time
-                    offsets[kind] += len(line)
-                    record = json.loads(line)
-                    if record["time"] > seen[kind]:
-                        seen[kind] = record["time"]
-                        show(kind, record)
+        for kind, tail in tails.items():
+            for record in tail.read():
+                show(kind, record)
 
     def watch() -> None:
         while not stop.wait(interval_s):
@@ -133,15 +138,75 @@ def follow(
         stop.set()
         thread.join()
         read()
+        for tail in tails.values():
+            tail.close()
+
+
+class _Tail:
+    """The lines that come to a file, each once, though a resumed run replaces it by a shorter one.
+
+    The file stays open between two reads, so that no other can get its inode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        records = read_jsonl(path)
+        self._seen: float = records[-1]["time"] if records else 0.0
+        self._file: BinaryIO | None = None
+        self._offset = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the records that are new."""
+        file = self._newest()
+        if file is None:
+            return
+        file.seek(self._offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # half-written; read again next time
+            self._offset += len(line)
+            record = _parse(line)
+            if record is not None and record["time"] > self._seen:
+                self._seen = record["time"]
+                yield record
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _newest(self) -> BinaryIO | None:
+        """Return the file that has the path's name now, open."""
+        try:
+            now = self._path.stat()
+            if self._file is not None and os.path.samestat(os.fstat(self._file.fileno()), now):
+                return self._file
+            opened = self._path.open("rb")
+        except FileNotFoundError:
+            return self._file
+        self.close()
+        self._file, self._offset = opened, 0
+        return opened
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a JSONL file that this module wrote; [] if there is none."""
+    """Return the lines of a JSONL file that this module wrote; [] if there is none.
+
+    What a crash left of a line is none.
+    """
     file = Path(path)
     if not file.exists():
         return []
     lines = file.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    return [record for line in lines if (record := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return one line's record, None for a torn one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"step", "time"} <= record.keys() else None
 
 
 def _append(file: Any, record: Mapping[str, Any]) -> None:
@@ -167,12 +232,83 @@ def _keep_until(path: Path, step: int) -> None:
     new.replace(path)
 
 
-def _last_time(path: Path) -> float:
-    records = read_jsonl(path)
-    return records[-1]["time"] if records else 0.0
+class _TensorBoard:
+    def __init__(self, stage_dir: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(logdir=str(stage_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _tensorboard(stage_dir: Path) -> Any:
-    from tensorboardX import SummaryWriter
+class _WandB:
+    """A run of its own per stage, in the project `rayrlhf`; a resumed stage goes on in its run."""
 
-    return SummaryWriter(logdir=str(stage_dir / "tensorboard"))
+    def __init__(self, stage_dir: Path) -> None:
+        import wandb
+
+        name = f"{stage_dir.absolute().parent.name}-{stage_dir.name}"
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "rayrlhf"),
+            name=name,
+            id=_kept_id(stage_dir / "wandb_run_id", lambda: uuid.uuid4().hex[:16]),
+            resume="allow",
+            dir=str(stage_dir),
+        )
+        # W&B's own step only grows, and would drop what a resumed stage does again.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    """A run of its own per stage, in the experiment `rayrlhf`; a resumed stage goes on in its run.
+
+    Without MLFLOW_TRACKING_URI it lies in the stage's folder.
+    """
+
+    def __init__(self, stage_dir: Path) -> None:
+        from mlflow.tracking import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"file://{stage_dir.absolute()}/mlflow"
+        self._client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayrlhf")
+        self._run_id = _kept_id(
+            stage_dir / "mlflow_run_id",
+            lambda: self._begin(name, f"{stage_dir.absolute().parent.name}-{stage_dir.name}"),
+        )
+
+    def _begin(self, experiment: str, name: str) -> str:
+        found = self._client.get_experiment_by_name(experiment)
+        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        return str(self._client.create_run(number, run_name=name).info.run_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+def _kept_id(file: Path, make: Callable[[], str]) -> str:
+    """Return the id in `file`, made and written there the first time."""
+    if not file.exists():
+        file.write_text(make(), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+_TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+}
