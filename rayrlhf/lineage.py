@@ -34,6 +34,8 @@ OUTPUTS = {
     "ppo": "ppo/final",
     "evaluate": "evaluation/results.json",
 }
+# What else has to stand for a stage to be complete.
+MORE_OUTPUTS = {"evaluate": ("report.html",)}
 # What a stage reads from the stages before it; a section of the recipe is read beside these.
 UPSTREAM = {
     "corpus": (),
@@ -104,8 +106,9 @@ def is_current(recipe: Recipe, stage: str, read: dict[str, str]) -> bool:
     entry = load(recipe).get(stage)
     if entry is None or entry["inputs"] != read:
         return False
-    output = recipe.path / OUTPUTS[stage]
-    return output.exists() and hash_path(output) == entry["outputs"][OUTPUTS[stage]]
+    if not all((recipe.path / name).exists() for name in outputs_of(stage)):
+        return False
+    return bool(entry["outputs"] == _hash_outputs(recipe, stage))
 
 
 def record(recipe: Recipe, stage: str, read: dict[str, str], seconds: float) -> None:
@@ -113,13 +116,18 @@ def record(recipe: Recipe, stage: str, read: dict[str, str], seconds: float) -> 
     entries = load(recipe)
     entries[stage] = {
         "inputs": read,
-        "outputs": {OUTPUTS[stage]: hash_path(recipe.path / OUTPUTS[stage])},
+        "outputs": _hash_outputs(recipe, stage),
         "versions": versions(),
         "commit": commit(),
         "seconds": round(seconds, 1),
         "finished": round(time.time(), 1),
     }
     write_json(recipe.path / "lineage.json", entries)
+
+
+def outputs_of(stage: str) -> tuple[str, ...]:
+    """Return what `stage` leaves in the run directory, the first of which later stages read."""
+    return (OUTPUTS[stage], *MORE_OUTPUTS.get(stage, ()))
 
 
 def load(recipe: Recipe) -> dict[str, Any]:
@@ -163,6 +171,10 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return said.stdout.strip() or None
+
+
+def _hash_outputs(recipe: Recipe, stage: str) -> dict[str, str]:
+    return {name: hash_path(recipe.path / name) for name in outputs_of(stage)}
 
 
 def _hash_json(value: Any) -> str:

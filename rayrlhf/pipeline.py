@@ -1,5 +1,7 @@
 """All stages of a recipe in their order; a stage that is complete and unchanged is skipped."""
 
+import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from rayrlhf import console, lineage, metrics, session
-from rayrlhf.config import TRAINED_STAGES, Recipe, RecipeError
+from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
 
@@ -26,18 +28,80 @@ SHOWN = {
     },
 }
 
+TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""Files beside a tokenizer, with endings like its own, that say nothing of it."""
+
 
 def prepare(recipe: Recipe) -> None:
-    """Check all data and all resources that the recipe's stages ask for, before any of them runs.
+    """Check all data, models and resources that the recipe's stages ask for, before any of them.
 
-    Raises RecipeError with the file and line, or with the resource that the cluster lacks.
+    Raises RecipeError with the file and line, the model, or the resource that the cluster lacks.
     """
+    require_reward_model(recipe)
+    check_models(recipe)
     builtin.prepare(recipe)
     session.connect(recipe)
     for stage in recipe.stages:
         session.require(
             recipe.resources.bundles(stage), wait_s=recipe.resources.wait_s, stage=stage
         )
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raise RecipeError when the package of a tracker is not installed."""
+    for tracker in recipe.tracking:
+        if not metrics.is_installed(tracker):
+            raise RecipeError(
+                f"tracking=[{tracker}] needs a package that is not installed: "
+                f"pip install {metrics.PACKAGES[tracker]}, or take {tracker} out of tracking"
+            )
+
+
+def require_reward_model(recipe: Recipe) -> None:
+    """Raise RecipeError when PPO has no reward model: none is trained, and none is there."""
+    if recipe.ppo is not None and recipe.reward is None:
+        folder = recipe.path / lineage.OUTPUTS["reward"]
+        if not (folder / "config.json").is_file():
+            raise RecipeError(
+                f"ppo scores with {folder}, but the recipe has no reward section and nothing is "
+                "there: add reward, or put a finished reward model into that folder"
+            )
+
+
+def check_models(recipe: Recipe) -> None:
+    """Read the head of every model that the recipe names: its config, and its vocabulary.
+
+    Raises RecipeError when one cannot be read, or the tokenizer that is named does not fit it.
+    """
+    inits = {f"{stage}.init": _init(recipe, stage) for stage in TRAINED_STAGES}
+    named = {
+        key: builtin.resolve(name)
+        for key, name in {"model.path": recipe.model.path, **inits}.items()
+        if name is not None and not _is_written_here(recipe, name)
+    }
+    if not named and _tokenizer_source(recipe) is None:
+        return
+    # Only here: a recipe that names neither starts without waiting for torch.
+    from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
+    from rayrlhf.models.folder import load_config
+
+    tokenizer = None
+    if _tokenizer_source(recipe) is not None:
+        _renew_tokenizer(recipe)
+        tokenizer = load_tokenizer(recipe)
+    for key, path in named.items():
+        try:
+            config = load_config(path)
+            if tokenizer is not None:
+                check_vocabulary(tokenizer, config.vocab_size)
+        except RecipeError as error:
+            raise RecipeError(f"{key}: {error}") from None
+        if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+            raise RecipeError(
+                f"{key}: {path}: no *.safetensors there: give a folder with config.json and "
+                "model.safetensors"
+            )
 
 
 @contextmanager
@@ -47,6 +111,8 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     A run with other inputs than those that the stage's folder was begun with is moved aside to
     `<stage>.previous`; with the same inputs, the stage resumes from its newest checkpoint.
     """
+    if stage == "ppo":
+        require_reward_model(recipe)
     for before in lineage.UPSTREAM[stage]:
         if before in recipe.stages and not (recipe.path / lineage.OUTPUTS[before]).exists():
             raise RecipeError(
@@ -63,6 +129,9 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     (recipe.path / "recipe.yaml").write_text(
         yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
     )
+    _renew_tokenizer(recipe)
+    if stage == "ppo" and recipe.ppo is not None:
+        console.say(derived_numbers(recipe.ppo, recipe))
     started = time.monotonic()
     progress = (
         console.Progress(stage, _interval(recipe, stage), SHOWN[stage]) if stage in SHOWN else None
@@ -80,6 +149,16 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     console.say(f"{stage:>9} done in {seconds:.0f} s: {recipe.path / lineage.OUTPUTS[stage]}")
 
 
+def derived_numbers(cfg: PPOConfig, recipe: Recipe) -> str:
+    """Return the line on what follows from PPO's batch sizes."""
+    ranks = recipe.resources.actor.num_workers
+    return (
+        f"{'ppo':>9} {cfg.steps} steps of {cfg.num_responses} responses ({cfg.batch_size} prompts "
+        f"x {cfg.samples_per_prompt}), {cfg.num_minibatches * cfg.epochs} updates a step on "
+        f"{cfg.minibatch_size} responses each, {cfg.minibatch_size // ranks} per rank on {ranks}"
+    )
+
+
 def is_current(recipe: Recipe, stage: str) -> bool:
     """Tell whether `stage` is complete, and nothing that it reads has changed since."""
     return lineage.is_current(recipe, stage, _inputs(recipe, stage))
@@ -95,14 +174,59 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "corpus" and recipe.corpus is not None:
         for path in recipe.corpus.decontaminate:
             data[f"corpus.decontaminate.{path}"] = storage.fingerprint(path)
+    if stage == "pretrain" and recipe.pretrain is not None and recipe.pretrain.corpus is not None:
+        manifest = f"{recipe.pretrain.corpus.rstrip('/')}/manifest.json"
+        data["pretrain.corpus.manifest"] = storage.fingerprint(manifest)
+    if (tokenizer := _tokenizer_hash(recipe)) is not None:
+        data["tokenizer"] = tokenizer
     files: dict[str, Path] = {}
-    if stage in (*TRAINED_STAGES, "ppo"):
-        section = getattr(recipe, stage)
-        start = getattr(section, "init", None) or recipe.model.path
+    if stage in (*TRAINED_STAGES, "ppo", "evaluate"):
+        start = _init(recipe, stage) or recipe.model.path
         # The weights behind a hub's name are the hub's to keep: the recipe's hash covers the name.
         if start is not None and (folder := Path(builtin.resolve(start))).exists():
             files[f"{stage}.init.0"] = folder
+    judge = recipe.path / lineage.OUTPUTS["reward"]
+    if stage == "ppo" and recipe.reward is None and judge.exists():
+        files["ppo.reward"] = judge
     return lineage.inputs(recipe, stage, files) | data
+
+
+def _init(recipe: Recipe, stage: str) -> str | None:
+    """Return the model that the section of `stage` names to start from."""
+    sections = {"pretrain": recipe.pretrain, "sft": recipe.sft, "reward": recipe.reward}
+    section = sections.get(stage)
+    return None if section is None else section.init
+
+
+def _is_written_here(recipe: Recipe, name: str) -> bool:
+    """Tell whether a model is one that an earlier stage of this run leaves."""
+    return Path(name).absolute().is_relative_to(recipe.path.absolute())
+
+
+def _tokenizer_source(recipe: Recipe) -> str | None:
+    return recipe.tokenizer.path or recipe.model.path
+
+
+def _tokenizer_hash(recipe: Recipe) -> str | None:
+    """Return the hash of the files of the tokenizer that the recipe names, if they are local."""
+    source = _tokenizer_source(recipe)
+    if source is None or not (folder := Path(builtin.resolve(source))).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TOKENIZER_FILES and file.name not in MODEL_FILES:
+            digest.update(f"{file.name}\0{lineage.hash_path(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def _renew_tokenizer(recipe: Recipe) -> None:
+    """Remove the run's copy of a named tokenizer when the files there are no longer the same."""
+    path = recipe.path / "begun.json"
+    begun = lineage.read_json(path)
+    found = _tokenizer_hash(recipe)
+    if found is not None and begun.get("tokenizer") != found:
+        shutil.rmtree(recipe.path / "tokenizer", ignore_errors=True)
+        lineage.write_json(path, {**begun, "tokenizer": found})
 
 
 def _interval(recipe: Recipe, stage: str) -> int:

@@ -1,10 +1,12 @@
 """Which stages need to run again, and which do not."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rayrlhf import config, lineage, pipeline
 from rayrlhf.config import Recipe
+from rayrlhf.data.tokenizer import load_tokenizer
 
 
 def toy(folder: Path, **changes: Any) -> Recipe:
@@ -92,6 +94,52 @@ def test_a_failed_stage_leaves_no_entry_and_resumes_in_place(tmp_path: Path) -> 
         assert needed
         assert (recipe.path / "pretrain" / "checkpoints").is_dir()
         (recipe.path / "pretrain" / "final").mkdir()
+
+
+def test_a_corpus_from_elsewhere_is_an_input(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "manifest.json").write_text("{}")
+    recipe = toy(tmp_path, pretrain={"corpus": str(elsewhere)})
+    finish(recipe, "corpus")
+    assert finish(recipe, "pretrain")
+    assert not finish(recipe, "pretrain")
+    (elsewhere / "manifest.json").write_text('{"row_length": 8}')
+    assert finish(recipe, "pretrain")
+
+
+def test_the_files_of_a_named_tokenizer_are_an_input(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(tiny_tokenizer, own)
+    recipe = toy(tmp_path, tokenizer={"path": str(own)})
+    assert finish(recipe, "corpus")
+    copy = recipe.path / "tokenizer" / "tokenizer.json"
+    load_tokenizer(recipe)
+    (own / "config.json").write_text("a model's, not the tokenizer's")
+    assert not finish(recipe, "corpus")
+    (own / "tokenizer.json").write_text((own / "tokenizer.json").read_text() + "\n")
+    assert finish(recipe, "corpus")
+    assert not copy.exists()  # the run's copy was of the files before
+
+
+def test_an_evaluation_without_its_report_is_not_complete(tmp_path: Path) -> None:
+    files = {"prompts": str(tmp_path / "demos.jsonl"), "comparisons": str(tmp_path / "demos.jsonl")}
+    recipe = toy(tmp_path, evaluate=files)
+    for stage in ("corpus", "pretrain", "sft"):
+        finish(recipe, stage)
+    report = recipe.path / "report.html"
+    for content in ("a", "b"):
+        with pipeline.tracked(recipe, "evaluate") as needed:
+            assert needed
+            (recipe.path / "evaluation" / "results.json").write_text("{}")
+            report.write_text(content)
+        assert lineage.load(recipe)["evaluate"]["outputs"].keys() == {
+            "evaluation/results.json",
+            "report.html",
+        }
+        assert pipeline.is_current(recipe, "evaluate")
+        report.write_text("damaged") if content == "a" else report.unlink()
+        assert not pipeline.is_current(recipe, "evaluate")
 
 
 def test_start_models_follow_the_road(tmp_path: Path) -> None:
