@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayrlhf import __version__, console
+from rayrlhf import __version__, console, run_dir
 from rayrlhf.config import STAGES, RecipeError, load
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log: Path | None = None
     try:
         recipe = load(args.recipe, args.overrides)
-        log = recipe.path / "log.txt"
-        with console.capture(log):
-            return _run(args.command, recipe)
+        run_dir.check_place(recipe)
+        with run_dir.held(recipe):
+            log = recipe.path / "log.txt"
+            with console.capture(log):
+                return _run(args.command, recipe)
     except RecipeError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)
         return 2
@@ -48,15 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())
         print(f"rayrlhf: {type(error).__name__}: {text[:600]}", file=sys.stderr)
         if log is not None:
-            with log.open("a", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
-            print(f"rayrlhf: the whole traceback is at the end of {log}", file=sys.stderr)
+            _keep_traceback(log)
         return 1
+
+
+def _keep_traceback(log: Path) -> None:
+    """Write the traceback of the exception being handled to the log, or else to the terminal."""
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        traceback.print_exc()
+    else:
+        print(f"rayrlhf: the whole traceback is at the end of {log}", file=sys.stderr)
 
 
 def _run(command: str, recipe: "Recipe") -> int:
     from rayrlhf import pipeline
 
+    pipeline.require_trackers(recipe)
     if command == "data":
         from rayrlhf.data.builtin import prepare
 

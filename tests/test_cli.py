@@ -65,6 +65,25 @@ def test_anything_else_exits_1_and_keeps_the_traceback(
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_log_that_cannot_be_written_leaves_the_traceback_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "toy.yaml"
+    file.write_text(
+        f"name: toy\nrun_dir: {tmp_path}/run\nmodel: {{path: m}}\nsft: {{train: demos.jsonl}}\n"
+    )
+
+    def fail(command: str, recipe: object) -> int:
+        (tmp_path / "run").rename(tmp_path / "gone")
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["sft", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rayrlhf: OSError: the disk is gone")
+    assert "Traceback" in said and "raise OSError" in said
+
+
 def test_noise_goes_to_the_log_and_lines_to_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,69 @@
+"""The run directory: where it may lie, and the one command that may write to it."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rayrlhf import console
+from rayrlhf.config import Recipe, RecipeError
+
+# Ray sets it for the driver of a submitted job alone; nothing else tells one from another driver.
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_UNPACKED = "working_dir_files"
+"""Folder of a node's session that holds the unpacked working directories of jobs."""
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raise RecipeError when a submitted job would lose what it writes."""
+    if _IN_JOB not in os.environ:
+        return
+    if not recipe.path.is_absolute() or _UNPACKED in recipe.path.resolve().parts:
+        raise RecipeError(
+            f"run_dir={recipe.path}: in a Ray job this is a folder of one node that Ray deletes "
+            "with the job's files: set it to one on a file system that every node sees, "
+            f"run_dir=/shared/runs/{recipe.name}"
+        )
+
+
+@contextmanager
+def held(recipe: Recipe) -> Iterator[None]:
+    """Keep other commands out of the run directory during the block, or for as long as it lives.
+
+    Raises RecipeError when the directory cannot be written, or another command holds it.
+    """
+    try:
+        recipe.path.mkdir(parents=True, exist_ok=True)
+        (recipe.path / "log.txt").open("a").close()
+        file = (recipe.path / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"run_dir={recipe.path}: cannot be written ({error.strerror}): set run_dir to a folder "
+            "that can be, for example run_dir=/tmp/runs"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise RecipeError(_who_holds(recipe.path, file.name)) from None
+            console.warn(
+                f"{recipe.path}: its file system has no locks ({error.strerror}): "
+                "see to it yourself that no other command writes there"
+            )
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _who_holds(folder: Path, lock: str) -> str:
+    holder = Path(lock).read_text(encoding="utf-8").strip() or "a command that is just starting"
+    return (
+        f"run_dir={folder}: another command writes there, {holder}: wait for it, stop it, "
+        "or set another run_dir"
+    )
