@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that a test did not start
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub_model(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the hub name of a model that is in the cache of a machine without a network."""
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "0123"
+    shutil.copytree(tiny_model, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "acme/tiny"

@@ -12,18 +12,6 @@ from rayrlhf import cli, config, lineage, pipeline
 from rayrlhf.config import Recipe, RecipeError
 
 
-@pytest.fixture
-def hub(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the hub name of a model that is in the cache of a machine without a network."""
-    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "0123"
-    shutil.copytree(tiny_model, snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0123")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return "acme/tiny"
-
-
 def recipe_of(folder: Path, model: str | Path, **changes: Any) -> Recipe:
     (folder / "demos.jsonl").write_text('{"prompt": "A", "response": " film."}\n')
     return config.parse(
@@ -45,10 +33,10 @@ def larger_tokenizer(tiny_tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_hub_name_is_a_model(tmp_path: Path, hub: str) -> None:
-    pipeline.check_models(recipe_of(tmp_path, hub))
+def test_a_hub_name_is_a_model(tmp_path: Path, hub_model: str) -> None:
+    pipeline.check_models(recipe_of(tmp_path, hub_model))
     with pytest.raises(RecipeError, match=r"model\.path: acme/none: "):
-        pipeline.check_models(recipe_of(tmp_path, "acme/none", tokenizer={"path": hub}))
+        pipeline.check_models(recipe_of(tmp_path, "acme/none", tokenizer={"path": hub_model}))
 
 
 def test_a_model_without_weights_is_named(tmp_path: Path, tiny_model: Path) -> None:

@@ -50,6 +50,7 @@ from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
+from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel
 
 Floats = npt.NDArray[np.float64]
@@ -72,50 +73,69 @@ def evaluate(recipe: Recipe) -> Path:
     prompts = choose_prompts(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
     texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
 
+    _say(f"{len(prompts)} prompts, answered by {', '.join(models)}")
     answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)  # 1
     tokens_per_batch = cfg.batch_size * max_length
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
+    _say(
+        f"{sum(map(len, answers.values()))} answers, judged by {', '.join(j.name for j in judges)}"
+    )
     scores = {
         judge.name: {model: judge.score(given) for model, given in answers.items()}
         for judge in judges
     }
     results = _about(recipe, cfg, models, len(prompts))
     results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
-    results |= compare_models(
+    rows = held_out_rows(recipe, texts)
+    _say(
+        f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "
+        f"batches of up to {tokens_per_batch} tokens"
+    )
+    results |= compare_models(  # 3
         models,
         answers,
-        held_out_rows(recipe, texts),  # 3
+        rows,
         reference=results["reference"],
         temperature=cfg.temperature,
         tokens_per_batch=tokens_per_batch,
     )
+    _say(f"agreement with people on {sum(len(rated.texts) for rated in texts.values())} texts")
     results |= compare_with_people(texts, judges, single_ratings(cfg.comparisons))  # 4
     results["samples"] = samples(answers, scores, cfg.num_samples)
+    _say("figures and report")
     return _write(recipe, results, time.monotonic() - started)  # 5
 
 
-def models_of(recipe: Recipe) -> dict[str, Path]:
-    """Return the folders of the recipe's models by name: base, sft, then ppo or ppo_ptx.
+def _say(text: str) -> None:
+    console.say(f"{'evaluate':>9} {text}")
+
+
+def models_of(recipe: Recipe) -> dict[str, str]:
+    """Return the recipe's models by name: base, sft, then ppo or ppo_ptx; folders or a hub name.
 
     Raises RecipeError when one is missing.
     """
+    written = {}
     if recipe.pretrain is not None:
-        models = {"base": recipe.path / "pretrain" / "final"}
-    else:
-        assert recipe.model.path is not None, "Recipe checks that there is a model to start from"
-        models = {"base": Path(builtin.resolve(recipe.model.path))}
+        written["base"] = recipe.path / "pretrain" / "final"
     if recipe.sft is not None:
-        models["sft"] = recipe.path / "sft" / "final"
+        written["sft"] = recipe.path / "sft" / "final"
     if recipe.ppo is not None:
-        models["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
-    needed = [*models.values(), *([recipe.path / "reward" / "final"] if recipe.reward else [])]
+        written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
+    needed = [*written.values(), *([recipe.path / "reward" / "final"] if recipe.reward else [])]
     for folder in needed:
         if not (folder / "config.json").is_file():
             raise RecipeError(
                 f"evaluate reads {folder}, which is no complete model: run the stage "
                 "before it, `rayrlhf pipeline`, or take its section out"
             )
-    return models
+    models = {name: str(folder) for name, folder in written.items()}
+    if "base" in models:
+        return models
+    assert recipe.model.path is not None, "Recipe checks that there is a model to start from"
+    base = builtin.resolve(recipe.model.path)
+    load_config(base)
+    return {"base": base, **models}
 
 
 def choose_prompts(
@@ -142,7 +162,7 @@ def choose_prompts(
 
 
 def answer_prompts(
-    models: Mapping[str, Path],
+    models: Mapping[str, str],
     prompts: Sequence[tuple[str, list[int]]],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
@@ -163,7 +183,7 @@ def answer_prompts(
             engine = None
             gc.collect()  # the engine before must leave its memory first
             engine = Engine(
-                str(folder),
+                folder,
                 max_length=recipe.model.max_length,
                 memory_gib=cfg.memory_gib,
                 seed=recipe.seed,
@@ -260,7 +280,7 @@ def _bounds(interval: Interval) -> list[float]:
 
 
 def compare_models(
-    models: Mapping[str, Path],
+    models: Mapping[str, str],
     answers: Answers,
     rows: Mapping[str, list[list[int]]],
     *,
@@ -360,7 +380,7 @@ def samples(
 
 
 def _about(
-    recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, Path], num_prompts: int
+    recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, str], num_prompts: int
 ) -> dict[str, Any]:
     """Return what the run and the evaluation were."""
     return {
@@ -372,7 +392,7 @@ def _about(
         f"{platform.machine()}",
         "versions": lineage.versions(),
         "reference": "sft" if "sft" in models else "base",
-        "models": {name: str(folder) for name, folder in models.items()},
+        "models": dict(models),
         "num_prompts": num_prompts,
         "max_response_tokens": cfg.max_response_tokens,
         "temperature": cfg.temperature,

@@ -99,7 +99,11 @@ def run_dir(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Path) -> Path:
 
 
 def recipe_of(
-    run_dir: Path, tiny_model: Path, *, stages: Sequence[str] = ("sft", "reward", "ppo"), **ppo: Any
+    run_dir: Path,
+    model: str | Path,
+    *,
+    stages: Sequence[str] = ("sft", "reward", "ppo"),
+    **ppo: Any,
 ) -> Recipe:
     sections: dict[str, dict[str, Any]] = {
         "sft": {"train": "x"},
@@ -110,7 +114,7 @@ def recipe_of(
         {
             "name": "toy",
             "run_dir": str(run_dir),
-            "model": {"path": str(tiny_model), "max_length": 48},
+            "model": {"path": str(model), "max_length": 48},
             "resources": {"rollout": {"num_threads": 1}},
             **{stage: sections[stage] for stage in stages},
             "evaluate": {
@@ -136,6 +140,8 @@ def check_results(run_dir: Path, tiny_model: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / "evaluation" / "results.json").read_text())
     assert set(found["reward_model"]) == {"movies", "tweets"}
     assert found["reward_model"]["movies"]["num_pairs"] == 14  # of 15, one has equal ratings
+    for row in found["reward_model"].values():
+        assert -1 <= row["pearson"] <= 1 and 0 <= row["pair_accuracy"] <= 1
     for key in (
         "win_rate_vs_sft",
         "entropy_nats_per_token",
@@ -171,6 +177,14 @@ def test_everything_is_written_with_one_engine(
     assert (fake_engine.built, fake_engine.versions) == (1, [1, 2])
     out = capsys.readouterr().out
     assert "wins by VADER" in out and str(run_dir / "report.html") in out
+    phases = [line.removeprefix(" evaluate ") for line in out.splitlines()[:5]]
+    assert phases == [
+        "3 prompts, answered by base, sft, ppo",
+        "9 answers, judged by vader, reward",
+        "entropy, KL and the loss on 12 held-out rows, batches of up to 768 tokens",
+        "agreement with people on 12 texts",
+        "figures and report",
+    ]
     evaluate(recipe_of(run_dir, tiny_model))
     second = check_results(run_dir, tiny_model)
     for changing in ("created", "seconds"):
@@ -185,6 +199,17 @@ def test_without_ppo_and_reward(
     found = json.loads((run_dir / "evaluation" / "results.json").read_text())
     assert set(found["models"]) == {"base", "sft"}
     assert found["judges"] == ["vader"] and found["reward_model"] == {}
+
+
+def test_a_base_model_from_the_hub(
+    run_dir: Path, hub_model: str, fake_engine: type[FakeEngine]
+) -> None:
+    evaluate(recipe_of(run_dir, hub_model, stages=("sft",)))
+    found = json.loads((run_dir / "evaluation" / "results.json").read_text())
+    assert found["models"]["base"] == hub_model
+    assert found["win_rate_vs_sft"]["base"] == {"vader": 0.5}
+    with pytest.raises(RecipeError, match="acme/none: "):
+        module.models_of(recipe_of(run_dir, "acme/none", stages=("sft",)))
 
 
 def test_the_model_of_ppo_ptx_has_its_name(run_dir: Path, tiny_model: Path) -> None:
