@@ -17,6 +17,7 @@ peak of the last over that of the first: 1 where memory doesn't grow with the co
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -153,10 +154,13 @@ class Memory:
 
     def _now(self) -> float:
         total = 0
-        for process in psutil.process_iter(["name", "memory_info"]):
-            info, name = process.info["memory_info"], process.info["name"] or ""
-            if info and (process.pid == os.getpid() or name.startswith("ray::")):
-                total += info.rss - info.shared
+        own = psutil.Process()
+        for process in [own, *own.children(recursive=True)]:
+            # Ray's own processes don't count, only what runs tasks.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process == own or process.name().startswith("ray::"):
+                    info = process.memory_info()
+                    total += info.rss - info.shared
         return total / 2**20
 
 
