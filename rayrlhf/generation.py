@@ -54,8 +54,8 @@ class Engine:
     ) -> None:
         """Load a Hugging Face folder.
 
-        `max_length` bounds prompt and response together (tokens); `memory_gib` is the KV cache;
-        `eos_token_id` None takes the one of the folder's tokenizer.
+        `max_length` bounds prompt and response together (tokens); `memory_gib` is the KV cache on
+        CPU; `eos_token_id` None takes the one of the folder's tokenizer.
         """
         os.environ.update(ENVIRONMENT)
         on_gpu = torch.cuda.is_available()
@@ -73,18 +73,12 @@ class Engine:
         self._shapes, self._tied = _parameters(model_path)
         self._llm = LLM(
             model=model_path,
-            skip_tokenizer_init=True,
             dtype=dtype,
             max_model_len=max_length,
             seed=seed,
-            enforce_eager=not on_gpu,
-            tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-            kv_cache_memory_bytes=int(memory_gib * 2**30),
-            generation_config="vllm",
-            # The log-probs of what is sampled from: after the temperature, not before.
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
+            **engine_arguments(
+                on_gpu=on_gpu, memory_gib=memory_gib, tensor_parallel=tensor_parallel
+            ),
         )
 
     def generate(
@@ -159,6 +153,26 @@ class Engine:
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         self.weight_version = version
         return version
+
+
+def engine_arguments(*, on_gpu: bool, memory_gib: float, tensor_parallel: int) -> dict[str, Any]:
+    """Return vLLM's arguments that do not come from the model.
+
+    `memory_gib` is the KV cache on CPU; on a GPU it is what vLLM's gpu_memory_utilization leaves.
+    """
+    arguments: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
+        "enforce_eager": not on_gpu,
+        "generation_config": "vllm",
+        # The log-probs of what is sampled from: after the temperature, not before.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if not on_gpu:
+        arguments["kv_cache_memory_bytes"] = int(memory_gib * 2**30)
+    return arguments
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.generation import request_seed
+from rayrlhf.generation import engine_arguments, request_seed
 from tests.rl.inline import engine_model
 
 SCRIPT = """
@@ -18,11 +18,14 @@ from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import load_causal_lm, named_weights, CausalLMModel
 
 folder, changed = sys.argv[1:3]
-options = dict(max_length=32, num_threads=1, memory_gib=0.02)
+options = dict(max_length=320, num_threads=1, memory_gib=0.02)
 prompts = [[40 + i % 5] * (1 + i % 4) for i in range(24)]
 seeds = [request_seed(0, 0, i, 0) for i in range(24)]
 greedy = dict(max_tokens=8, temperature=0.0, seeds=[0] * 24)
 sampled = dict(max_tokens=8, seeds=seeds)
+# Longer than two blocks of the prefix cache (128 tokens on CPU), which it fills.
+long = [[40 + i * i % 7 for i in range(290)]]
+long_greedy = dict(max_tokens=8, temperature=0.0, seeds=[0])
 
 def plain(completions):
     return [(c.token_ids, c.log_probs, c.finish_reason, c.weight_version) for c in completions]
@@ -49,6 +52,12 @@ out["first_tokens"] = len({c.token_ids[0] for c in spread})
 out["gap_1.0"] = gap(folder, first, 1.0)
 out["gap_0.6"] = gap(folder, engine.generate(prompts, temperature=0.6, **sampled), 0.6)
 out["version_0"] = first[0].weight_version
+engine.generate(long, **long_greedy)
+from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
+again, = engine._llm.generate([TokensPrompt(prompt_token_ids=long[0])],
+                              SamplingParams(max_tokens=1), use_tqdm=False)
+out["cached_tokens"] = again.num_cached_tokens
 
 new = CausalLMModel(load_causal_lm(changed))
 weights = [(name, tensor.numpy()) for name, tensor in named_weights(new)]
@@ -63,9 +72,10 @@ except ValueError as error:
 out["kept"] = plain(engine.generate(prompts, temperature=1.0, **sampled)) == plain(first)
 for version in (1, 2):                                     # twice: repacking must not wear out
     out["acknowledged"] = engine.load_weights(weights, version)
-synced = [plain(engine.generate(prompts, **greedy)),
+synced = [plain(engine.generate(long, **long_greedy)),  # first: nothing refills the cache
+          plain(engine.generate(prompts, **greedy)),
           plain(engine.generate(prompts, temperature=1.0, **sampled))]
-out["moved"] = synced[1][0][0] != first[0].token_ids
+out["moved"] = synced[2][0][0] != first[0].token_ids
 stopped = [c for c in engine.generate(prompts * 20, temperature=1.0, max_tokens=20,
                                       seeds=list(range(480))) if c.finish_reason == "stop"]
 out["stopped"] = len(stopped)
@@ -73,8 +83,9 @@ out["stop_is_eos"] = all(c.token_ids[-1] == engine.eos_token_id and
                          engine.eos_token_id not in c.token_ids[:-1] for c in stopped)
 fresh = Engine(changed, **options)
 fresh.weight_version = 2
-out["fresh"] = synced == [plain(fresh.generate(prompts, **greedy)),
-                          plain(fresh.generate(prompts, temperature=1.0, **sampled))]
+out["fresh_long"] = synced[0] == plain(fresh.generate(long, **long_greedy))
+out["fresh"] = synced[1:] == [plain(fresh.generate(prompts, **greedy)),
+                              plain(fresh.generate(prompts, temperature=1.0, **sampled))]
 print("RESULT" + json.dumps(out))
 """
 
@@ -91,6 +102,21 @@ def test_request_seeds_are_distinct_and_reproducible() -> None:
     assert len(set(seeds)) == len(places)
     assert seeds == [request_seed(*place) for place in places]
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_memory_gib_is_the_kv_cache_on_cpu_only(tensor_parallel: int) -> None:
+    """On a GPU vLLM sizes it by gpu_memory_utilization."""
+    cpu, gpu = (
+        engine_arguments(on_gpu=on_gpu, memory_gib=0.25, tensor_parallel=tensor_parallel)
+        for on_gpu in (False, True)
+    )
+    assert cpu["kv_cache_memory_bytes"] == 2**28
+    assert "kv_cache_memory_bytes" not in gpu
+    assert (cpu["enforce_eager"], gpu["enforce_eager"]) == (True, False)
+    for arguments in (cpu, gpu):
+        assert arguments["tensor_parallel_size"] == tensor_parallel
+        assert arguments["distributed_executor_backend"] == ("uni", "mp")[tensor_parallel - 1]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +174,13 @@ def test_loaded_weights_equal_a_fresh_engine(found: dict[str, Any]) -> None:
     assert found["acknowledged"] == 2
     assert found["moved"]
     assert found["fresh"]
+
+
+@pytest.mark.slow
+def test_38_prefix_cache_goes_with_the_old_weights(found: dict[str, Any]) -> None:
+    """The cache holds blocks of the prompt, computed with the old weights, when new ones come."""
+    assert found["cached_tokens"] >= 128
+    assert found["fresh_long"]
 
 
 @pytest.mark.slow
