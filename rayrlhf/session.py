@@ -1,7 +1,8 @@
 """The connection to Ray: join the cluster that RAY_ADDRESS names, or start a local one.
 
-`require` compares what a stage asks for with what the nodes have, before any actor starts, so that
-a shortage is an error with a name instead of a placement group that waits for ever.
+`require` compares what a stage asks for with what the nodes have, and with what is free there,
+before any actor starts, so that a shortage is an error with a name instead of a placement group
+that waits for ever.
 """
 
 import os
@@ -9,11 +10,15 @@ import time
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray._private import state as ray_state
 
 from rayrlhf import console
 from rayrlhf.config import Recipe, RecipeError
 
 Bundle = Mapping[str, float]
+
+RELEASE_S = 20.0
+"""How long, at least, resources in use are waited for: Ray takes seconds to see a stage's end."""
 
 
 def connect(recipe: Recipe) -> None:
@@ -39,25 +44,65 @@ def is_local() -> bool:
 
 
 def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") -> None:
-    """Return when every bundle fits on the cluster's nodes together.
+    """Return when every bundle fits on the cluster's nodes together, beside what is in use.
 
-    With `wait_s`, waits that long for an autoscaler, with a line every 30 s that says what is
-    registered and what is missing. Raises RecipeError that names the first missing resource.
+    With `wait_s`, waits that long for an autoscaler or for other jobs, with a line every 30 s that
+    says what is missing. Raises RecipeError that names the first missing resource and, where it is
+    registered but in use, who holds it.
     """
-    deadline = time.monotonic() + wait_s
-    next_line = time.monotonic()
+    started = time.monotonic()
+    # What the stage before held is released in a moment: no line for that.
+    next_line = started if wait_s > 0 else started + 3
     while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        missing = shortage(bundles, nodes)
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        missing = shortage(bundles, list(nodes.values()))
+        left_s = started + wait_s - time.monotonic()
+        if missing is None:
+            free = ray_state.available_resources_per_node()
+            missing = in_use(bundles, list(nodes.values()), [free.get(node, {}) for node in nodes])
+            left_s = max(left_s, started + RELEASE_S - time.monotonic())
         if missing is None:
             return
-        now = time.monotonic()
-        if now >= deadline:
+        if left_s <= 0:
             raise RecipeError(f"{stage}: {missing}")
-        if now >= next_line:
-            console.say(f"{stage}: waiting for the cluster, {deadline - now:.0f} s left: {missing}")
-            next_line = now + 30
-        time.sleep(min(1.0, deadline - now))
+        if time.monotonic() >= next_line:
+            console.say(f"{stage}: waiting for the cluster, {left_s:.0f} s left: {missing}")
+            next_line = time.monotonic() + 30
+        time.sleep(min(0.5, left_s))
+
+
+def in_use(
+    bundles: Sequence[Bundle], nodes: Sequence[Bundle], free: Sequence[Bundle]
+) -> str | None:
+    """Say who holds what is missing to hold every bundle on what is `free`, or None.
+
+    `free[i]` is what is left of `nodes[i]`, which hold every bundle when nothing is in use.
+    """
+    if shortage(bundles, free) is None:
+        return None
+    amounts = [
+        f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name} asked for, "
+        f"{sum(node.get(name, 0) for node in free):g} of "
+        f"{sum(node.get(name, 0) for node in nodes):g} free"
+        for name in sorted({name for bundle in bundles for name in bundle}, key=str.lower)
+        if any(bundle.get(name, 0) for bundle in bundles)
+    ]
+    return (
+        f"{'; '.join(amounts)}: registered but in use by {_holders()}: wait for it with "
+        "resources.wait_s=600, lower resources.*, or stop it"
+    )
+
+
+def _holders() -> str:
+    """Name the jobs that are running on the cluster beside this one."""
+    own = ray.get_runtime_context().get_job_id()
+    jobs = []
+    for job in ray_state.jobs():
+        command = " ".join(job["Entrypoint"].split())
+        # The dashboard counts as a job, too.
+        if not job["IsDead"] and job["JobID"] != own and "ray/dashboard" not in command:
+            jobs.append(f"job {job['JobID']} ({command[:80]}, on {job['DriverIPAddress']})")
+    return ", ".join(jobs) or f"this command (job {own})"
 
 
 def shortage(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> str | None:

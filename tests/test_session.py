@@ -1,8 +1,19 @@
-"""What is missing on a cluster is named before any actor starts."""
+"""What is missing on a cluster, or in use there, is named before any actor starts."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
-from rayrlhf.session import shortage
+from rayrlhf import session
+from rayrlhf.config import RecipeError
+from rayrlhf.session import in_use, shortage
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 GPUS = {"CPU": 16.0, "GPU": 8.0}
@@ -38,3 +49,98 @@ def test_shortage_does_not_touch_the_nodes() -> None:
     nodes = [dict(GPUS)]
     shortage([{"GPU": 2.0}], nodes)
     assert nodes == [GPUS]
+
+
+@pytest.mark.parametrize(
+    ("bundles", "free", "says"),
+    [
+        ([{"CPU": 1.0, "GPU": 0.0}] * 2, [{"CPU": 2.0}], None),
+        (
+            [{"CPU": 1.0, "GPU": 0.0}] * 2,
+            [{"CPU": 1.0}],
+            "2 CPU asked for, 1 of 4 free: registered",
+        ),
+        ([{"CPU": 1.0}], [{}], "1 CPU asked for, 0 of 4 free"),
+        # Enough in all, but on no single node.
+        ([{"CPU": 2.0}], [{"CPU": 1.0}, {"CPU": 1.0}], "2 CPU asked for, 2 of 8 free"),
+    ],
+)
+def test_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+    bundles: list[dict[str, float]],
+    free: list[dict[str, float]],
+    says: str | None,
+) -> None:
+    monkeypatch.setattr(session, "_holders", lambda: "job 02 (train.py, on 10.0.0.1)")
+    found = in_use(bundles, [{"CPU": 4.0}] * len(free), free)
+    if says is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert says in found
+        assert "in use by job 02 (train.py, on 10.0.0.1): wait for it" in found
+
+
+HOLDER = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+from ray.util.placement_group import placement_group
+group = placement_group([{"CPU": 1.0}] * 2)
+ray.get(group.ready())
+print("holds", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def busy() -> Iterator[Any]:
+    """Return a function: seconds -> another job that holds 2 of 3 CPUs of a cluster for so long."""
+    context = ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    others: list[subprocess.Popen[str]] = []
+
+    def hold(seconds: float) -> subprocess.Popen[str]:
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, context.address_info["address"], str(seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        others.append(other)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holds\n"
+        return other
+
+    yield hold
+    for other in others:
+        other.kill()
+        other.wait()
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_another_job_holds_is_waited_for_and_then_named(
+    busy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = [{"CPU": 1.0, "GPU": 0.0}] * 2
+    monkeypatch.setattr(session, "RELEASE_S", 1.0)
+    session.require(bundles, stage="sft")
+    busy(600)
+    with pytest.raises(RecipeError) as caught:
+        session.require(bundles, stage="sft")
+    said = str(caught.value)
+    assert said.startswith("sft: 2 CPU asked for, 1 of 3 free: registered but in use by job ")
+    assert f"({sys.executable} -c " in said and "resources.wait_s=600" in said
+    assert "ray/dashboard" not in said
+    assert len(said.splitlines()) == 1
+    session.require(bundles[:1], stage="sft")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_it_goes_on_when_the_other_job_ends(busy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    other = busy(5)
+    started = time.monotonic()
+    session.require([{"CPU": 2.0}], wait_s=120, stage="ppo")
+    assert other.poll() is not None or time.monotonic() - started > 2
+    assert "ppo: waiting for the cluster, 120 s left: 2 CPU asked for" in capsys.readouterr().out
