@@ -8,16 +8,17 @@ what an uninterrupted one does, bit by bit on CPU with as many workers.
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer, get_device
 
-from rayrlhf import session
+from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.data.datasets import batch_indices, shard
 from rayrlhf.metrics import MetricsLogger
@@ -35,7 +36,7 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
     final = recipe.path / kind.name / "final"
     if checkpoint.is_complete(final):
         return final
-    kind(recipe)  # reads and checks all inputs
+    console.say(derived_numbers(kind(recipe)))  # the stage reads and checks all inputs
     session.connect(recipe)
     resources = recipe.resources
     session.require(resources.bundles(kind.name), wait_s=resources.wait_s, stage=kind.name)
@@ -60,6 +61,7 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
             name="ray_train",
             storage_path=str(final.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_restarts),
+            callbacks=[_NoSecondTry()],
         ),
     )
     try:
@@ -68,6 +70,17 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
         raise _cause(error) from error
     assert checkpoint.is_complete(final), f"{final} was not written"
     return final
+
+
+def derived_numbers(stage: Stage) -> str:
+    """Return the line on what follows from a stage's batch size and its data."""
+    cfg, ranks = stage.cfg, stage.recipe.resources.num_workers
+    unit = "prompts" if stage.name == "reward" else "sequences"
+    return (
+        f"{stage.name:>9} {stage.num_records} records, {stage.total_steps} steps of "
+        f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per rank on {ranks}, "
+        f"micro-batches of up to {cfg.tokens_per_microbatch} tokens"
+    )
 
 
 def run(stage: Stage, device: torch.device) -> None:
@@ -214,10 +227,31 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+class _NoSecondTry(UserCallback):
+    """Ends the run at a worker's RecipeError, which no restart mends, and not after all of them.
+
+    What a callback raises, Ray Train takes for the controller's own error, and those end the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        del run_context
+        for error in worker_exceptions.values():
+            if (found := _recipe_error(error)) is not None:
+                raise found
+
+
+def _recipe_error(error: BaseException | None) -> RecipeError | None:
+    """Return the RecipeError in `error` or in what Ray has wrapped it into."""
+    while error is not None and not isinstance(error, RecipeError):
+        error = error.__cause__
+    return error
+
+
 def _cause(error: TrainingFailedError) -> Exception:
     """Return the RecipeError that stopped a worker, if it was one, else `error`."""
+    inner: list[Exception] = []
     if isinstance(error, ray.train.WorkerGroupError):
-        for failure in error.worker_failures.values():
-            if isinstance(failure, RecipeError):
-                return failure
-    return error
+        inner = list(error.worker_failures.values())
+    elif isinstance(error, ray.train.ControllerError):
+        inner = [error.controller_failure]
+    return next((found for each in inner if (found := _recipe_error(each))), error)

@@ -154,6 +154,17 @@ def test_number_of_steps(make_recipe: MakeRecipe) -> None:
     assert PretrainStage(make_recipe()).total_steps == 6
 
 
+def test_what_follows_from_the_batch_size_is_said(make_recipe: MakeRecipe) -> None:
+    resources = {"num_workers": 8}
+    assert loop.derived_numbers(PretrainStage(make_recipe(resources=resources))) == (
+        " pretrain 19 records, 6 steps of 4 sequences, on average 0.5 per rank on 8, "
+        "micro-batches of up to 40 tokens"
+    )
+    assert "6 steps of 4 prompts, on average 4 per rank on 1" in loop.derived_numbers(
+        RewardStage(make_recipe())
+    )
+
+
 def test_a_finished_stage_is_left_alone(make_recipe: MakeRecipe) -> None:
     stage = fresh(make_recipe(), SFTStage)
     loop.run(stage, CPU)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import state as ray_state
 from safetensors.torch import load_file
 
-from rayrlhf.config import Recipe
+from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.metrics import read_jsonl
-from rayrlhf.training.checkpoint import is_complete
+from rayrlhf.training.checkpoint import is_complete, load_tensors, save_tensors
 from rayrlhf.training.sft import finetune
 
 MakeRecipe = Callable[..., Recipe]
@@ -55,6 +56,34 @@ def test_zero_2_and_3_have_the_losses_of_ddp(make_recipe: MakeRecipe) -> None:
         for key, weight in finals[name].items():
             assert weight.shape == finals["ddp"][key].shape
             assert (weight - finals["ddp"][key]).abs().max() < 2e-3
+
+
+def num_workers_started() -> int:
+    """Count the workers of Ray Train that the cluster has had."""
+    classes = [actor["ActorClassName"] for actor in ray_state.actors().values()]
+    return sum("TrainWorker" in name for name in classes)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_workers_recipe_error_ends_the_run_at_once(
+    make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of another backend: found by the workers, and mended by no restart."""
+    recipe = make_recipe(resources={"num_workers": 2}, sft={"max_steps": 3})
+    shutil.rmtree(recipe.path / "sft")
+    finetune(recipe)
+    assert "sft 13 records, 3 steps of 4 sequences, on average 2 per rank on 2" in (
+        capsys.readouterr().out
+    )
+    shutil.rmtree(recipe.path / "sft" / "final")
+    state = next((recipe.path / "sft" / "checkpoints").glob("step-*/training_state"))
+    tensors, meta = load_tensors(state / "optimizer.safetensors")
+    before = num_workers_started()
+    save_tensors(state / "optimizer.safetensors", tensors, {**meta, "layout": "backend=other"})
+    with pytest.raises(RecipeError, match="written with backend=other") as caught:
+        finetune(recipe)
+    assert len(str(caught.value).splitlines()) == 1
+    assert num_workers_started() - before == 2
 
 
 COMMAND = """
