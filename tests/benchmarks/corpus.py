@@ -11,9 +11,9 @@ job       rayrlhf's corpus stage on a running Ray: read, clean, hash, tokenize, 
 peer      `datasets.load_dataset` and `map(batched, num_proc)`, tokenized and packed as in
           transformers' run_clm.py; left out where `datasets` is not installed
 
-`peak_mib` is the largest resident memory of the job's driver and workers together, less what it
-was before the job. With `--memory` only the job runs, once per size in MB, and `ratio_peak` is the
-peak of the last over that of the first: 1 where memory doesn't grow with the corpus.
+`peak_mib` is the largest resident memory of the job's driver and workers together. With `--memory`
+only the job runs, once per size in MB, and `ratio_peak` is the peak of the last over that of the
+first: 1 where memory doesn't grow with the corpus.
 """
 
 import argparse
@@ -134,11 +134,10 @@ def peer(folder: Path, number: int) -> tuple[float, int]:
 
 
 class Memory:
-    """Samples the resident memory, less what is shared, of this process and all Ray workers."""
+    """Samples the resident memory, less what is shared, of this process and its Ray workers."""
 
     def __enter__(self) -> "Memory":
         self._stop = threading.Event()
-        self._before = self._now()
         self.peak_mib = 0.0
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -150,7 +149,7 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            self.peak_mib = max(self.peak_mib, self._now() - self._before)
+            self.peak_mib = max(self.peak_mib, self._now())
 
     def _now(self) -> float:
         total = 0
