@@ -15,7 +15,7 @@ from rayrlhf.data.documents import Piece, text_hash
 from rayrlhf.data.ngrams import Hashes, ngram_hashes
 from rayrlhf.data.storage import InputFile
 
-BYTES_PER_PIECE = 32 * 2**20
+BYTES_PER_PIECE = 8 * 2**20
 """Input that one task reads, of a corpus of up to MAX_PIECES pieces; of a larger one more."""
 MAX_PIECES = 4096
 CHARS_FOR_TOKENIZER = 200_000_000
