@@ -295,11 +295,10 @@ class DeepSpeedBackend(Backend):
         super().__init__(module.to(device), cfg, total_steps, device)
         self.stage = cfg.zero_stage
         self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        bf16 = self._precision == "bfloat16"
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=make_optimizer(self.module, cfg),
-            config=_deepspeed_config(cfg, bf16=bf16, on_gpu=device.type == "cuda"),
+            config=_deepspeed_config(cfg, self._precision, on_gpu=device.type == "cuda"),
             dist_init_required=False,
         )
 
@@ -432,14 +431,20 @@ def _set_named_state(
         optimizer.state[parameter][key] = value.to(parameter.device)
 
 
-def _deepspeed_config(cfg: TrainingConfig, *, bf16: bool, on_gpu: bool) -> dict[str, Any]:
+def _deepspeed_config(cfg: TrainingConfig, precision: str, *, on_gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's config; batch sizes are 1 because Backend scales and accumulates."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Stage 0 clips in _update, where it also sees NaN and Inf.
         "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "bf16": {"enabled": precision == "bfloat16", "check_grad_overflow": True},
+        # On GPUs it ends an autocast that is not its own. No module is safe: all reduce in float32.
+        "torch_autocast": {
+            "enabled": precision == "autocast",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": cfg.zero_stage,
