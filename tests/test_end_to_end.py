@@ -82,10 +82,49 @@ def test_ppo_logs_what_the_design_says(finished: tuple[Path, str]) -> None:
         assert record["weights/version"] == record["step"]
 
 
+def check_results(run: Path, policy: str) -> None:
+    """Check every key of results.json that the design names, and the range of its values."""
+    found = json.loads((run / "evaluation" / "results.json").read_text())
+    models = {"base", "sft", policy}
+    judges = {"vader", "reward"}
+    for row in found["reward_model"].values():
+        assert 0 <= row["pair_accuracy"] <= 1
+        assert -1 <= row["pearson"] <= 1
+        assert row["num_pairs"] > 0
+    assert set(found["reward_model"]) == {"toy"}
+    for key, low, high in (
+        ("entropy_nats_per_token", 0.0, 6.0),
+        ("distinct_2", 0.0, 1.0),
+        ("kl_ref_per_response", -1.0, 100.0),
+    ):
+        assert set(found[key]) == models, key
+        assert all(low <= value <= high for value in found[key].values()), (key, found[key])
+    assert set(found["win_rate_vs_sft"]) == set(found["held_out_loss"]) == models
+    for model in models:
+        assert set(found["win_rate_vs_sft"][model]) == judges
+        assert all(0 <= rate <= 1 for rate in found["win_rate_vs_sft"][model].values())
+        assert set(found["held_out_loss"][model]) == {"toy"}
+        assert 0 < found["held_out_loss"][model]["toy"] < 8
+        rating = found["ratings"][model]
+        assert rating["low"] <= rating["elo"] <= rating["high"]
+    assert set(found["win_rate_vs_sft"]["sft"].values()) == {0.5}
+    assert found["kl_ref_per_response"]["sft"] == 0.0
+
+
+def test_results_have_what_the_design_says(finished: tuple[Path, str]) -> None:
+    check_results(finished[0].parent / "run", "ppo_ptx")
+
+
 def test_the_terminal_has_useful_lines_only(finished: tuple[Path, str]) -> None:
     said = finished[1]
     for stage in STAGES:
         assert f"{stage:>9} step" in said
+    for words in (
+        " records, 24 steps of 8 sequences, on average 8 per rank on 1, micro-batches of",
+        "ppo 6 steps of 8 responses (8 prompts x 1), 2 updates a step on 4 responses each",
+        " evaluate 8 prompts, answered by base, sft, ppo_ptx",
+    ):
+        assert words in said
     assert "sample:" in said
     assert "report.html" in said
     for noise in ("WARNING", "Warning", "INFO", "Traceback", "(RayTrainWorker", "vllm"):
@@ -134,8 +173,8 @@ def test_killed_at_any_time_it_resumes_to_the_same_numbers(
 
 
 def test_ray_job_submit(tmp_path: Path) -> None:
-    """A local cluster, started as on a real one; the job's toy recipe ends in `sft`."""
-    recipe = toy.write_recipe(tmp_path, reward=None, ppo=None, evaluate=None)
+    """A local cluster, started as on a real one, and the README's command with all stages."""
+    recipe = toy.write_recipe(tmp_path)
     temp = Path("/tmp") / f"ray-{os.getpid()}"
     port, dashboard = 6399, 8399
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -158,38 +197,51 @@ def test_ray_job_submit(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+    def submit(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                bin_dir / "ray",
+                "job",
+                "submit",
+                f"--address=http://127.0.0.1:{dashboard}",
+                "--working-dir",
+                str(Path(__file__).parents[1]),
+                "--",
+                toy.command()[0],
+                "jobs/pipeline.py",
+                str(recipe),
+                *overrides,
+            ],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
     try:
-        submit = [
-            bin_dir / "ray",
-            "job",
-            "submit",
-            f"--address=http://127.0.0.1:{dashboard}",
-            "--working-dir",
-            str(Path(__file__).parents[1]),
-            "--",
-            toy.command()[0],
-            "jobs/pipeline.py",
-            recipe,
-        ]
         deadline = time.monotonic() + 120
-        while True:
-            done = subprocess.run(
-                submit, env=env, capture_output=True, text=True, timeout=600, check=False
-            )
-            # A cluster answers before it takes jobs.
-            early = ("Failed to connect", "No available agent")
-            if not any(words in done.stdout + done.stderr for words in early):
-                break
-            assert time.monotonic() < deadline, done.stderr
+        # A cluster answers before it takes jobs.
+        early = ("Failed to connect", "No available agent")
+        while any(words in (refused := output_of(submit("run_dir=runs/toy"))) for words in early):
+            assert time.monotonic() < deadline, refused
             time.sleep(2)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").is_file()
+        assert "run_dir=/shared/runs/toy" in refused
+        assert "exit code 2" in refused
+        done = submit("ppo.ptx_coef=0")
+        assert done.returncode == 0, output_of(done)
+        check_results(tmp_path / "run", "ppo")
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
             head.wait(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+
+
+def output_of(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -234,5 +286,21 @@ def test_bad_data_exits_2_with_file_and_line(
     done = toy.run("pipeline", recipe)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_exits_2(
+    tmp_path: Path, tiny_model: Path, tiny_tokenizer: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    recipe = toy.write_recipe(
+        tmp_path, model={"path": str(tiny_model)}, tokenizer={"path": str(tmp_path / "larger")}
+    )
+    done = toy.run("pipeline", recipe)
+    assert done.returncode == 2, done.stderr
+    assert "ids up to 300, but the model has only 300 rows: set tokenizer.path" in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert not (tmp_path / "run" / "corpus").exists()
