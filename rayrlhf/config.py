@@ -517,8 +517,8 @@ class Recipe(Section):
     """Where everything is written, a local path or a `file://` URI; empty means runs/<name>."""
     resources: ResourcesConfig = ResourcesConfig()
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Trackers beside metrics.jsonl; W&B and MLflow take address and key from their own
-    environment variables."""
+    """Trackers beside metrics.jsonl. W&B and MLflow take address and key from environment variables
+    of their own, on the node of the worker that logs."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     corpus: CorpusConfig | None = None

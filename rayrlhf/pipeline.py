@@ -1,6 +1,7 @@
 """All stages of a recipe in their order; a stage that is complete and unchanged is skipped."""
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -49,12 +50,18 @@ def prepare(recipe: Recipe) -> None:
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Raise RecipeError when the package of a tracker is not installed."""
+    """Raise RecipeError when a tracker's package is not installed, or its address not set."""
     for tracker in recipe.tracking:
         if not metrics.is_installed(tracker):
             raise RecipeError(
                 f"tracking=[{tracker}] needs a package that is not installed: "
                 f"pip install {metrics.PACKAGES[tracker]}, or take {tracker} out of tracking"
+            )
+        variable = metrics.ADDRESSES.get(tracker)
+        if variable is not None and not os.environ.get(variable):
+            raise RecipeError(
+                f"tracking=[{tracker}] needs the address of a server: set {variable}, for example "
+                "to http://127.0.0.1:5000"
             )
 
 

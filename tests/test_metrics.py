@@ -163,9 +163,6 @@ class FakeMlflow:
 
     calls: list[Any] = []
 
-    def __init__(self, tracking_uri: str) -> None:
-        self.calls.append(tracking_uri)
-
     def get_experiment_by_name(self, name: str) -> None:
         self.calls.append(name)
 
@@ -176,8 +173,8 @@ class FakeMlflow:
         self.calls.append((experiment, run_name))
         return SimpleNamespace(info=SimpleNamespace(run_id="r1"))
 
-    def log_metric(self, run_id: str, key: str, value: float, step: int) -> None:
-        self.calls.append((run_id, key, value, step))
+    def log_batch(self, run_id: str, metrics: list[tuple[str, float, int, int]]) -> None:
+        self.calls.append((run_id, [(key, value, step) for key, value, _, step in metrics]))
 
     def set_terminated(self, run_id: str) -> None:
         self.calls.append(("end", run_id))
@@ -186,24 +183,23 @@ class FakeMlflow:
 def test_mlflow_gets_the_same_numbers_and_a_resumed_stage_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = ModuleType("mlflow.tracking")
-    fake.MlflowClient = FakeMlflow  # type: ignore[attr-defined]
+    tracking, entities = ModuleType("mlflow.tracking"), ModuleType("mlflow.entities")
+    tracking.MlflowClient = FakeMlflow  # type: ignore[attr-defined]
+    entities.Metric = lambda *values: values  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
-    monkeypatch.setitem(sys.modules, "mlflow.tracking", fake)
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", tracking)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     monkeypatch.setattr(FakeMlflow, "calls", [])
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker")
     stage = tmp_path / "toy" / "ppo"
     for start in (0, 1):
         with MetricsLogger(stage, start_step=start, trackers=("mlflow",)) as log:
             log.log(start + 1, {"kl/coef": 0.5, "policy/loss": float("nan")})
     assert FakeMlflow.calls == [
-        "http://tracker",
         "rayrlhf",
         ("rayrlhf-1", "toy-ppo"),
-        ("r1", "kl/coef", 0.5, 1),
+        ("r1", [("kl/coef", 0.5, 1)]),
         ("end", "r1"),
-        "http://tracker",
-        ("r1", "kl/coef", 0.5, 2),
+        ("r1", [("kl/coef", 0.5, 2)]),
         ("end", "r1"),
     ]
 
@@ -222,6 +218,11 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_package(
     with pytest.raises(RecipeError, match=f"not installed: pip install {package}, or take"):
         pipeline.require_trackers(recipe)
     monkeypatch.setitem(sys.modules, tracker, ModuleType(tracker))
+    if tracker == "mlflow":
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with pytest.raises(RecipeError, match="set MLFLOW_TRACKING_URI"):
+            pipeline.require_trackers(recipe)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker")
     pipeline.require_trackers(recipe)
 
 
