@@ -1,0 +1,64 @@
+"""The recipe: one YAML file, typed, frozen, checked before anything starts.
+
+`load(path, overrides)` reads a recipe and applies `key.sub=value` overrides. Every error is a
+`RecipeError`, whose text names the value, the rule and the fix; the command line turns it into
+exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help` stays fast.
+"""
+
+from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
+from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.model import ModelConfig, TokenizerConfig
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.reading import load, parse
+from rayrlhf.config.recipe import HEAD_SIZES, STAGES, Recipe
+from rayrlhf.config.resources import ROLES, TRAINED_STAGES, ResourcesConfig, Role, RoleResources
+from rayrlhf.config.section import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    RecipeError,
+    Section,
+)
+from rayrlhf.config.training import (
+    PretrainConfig,
+    RewardConfig,
+    RoleTrainingConfig,
+    SFTConfig,
+    StageConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "HEAD_SIZES",
+    "ROLES",
+    "STAGES",
+    "TRAINED_STAGES",
+    "CorpusConfig",
+    "Edit",
+    "EvaluateConfig",
+    "Filter",
+    "Fraction",
+    "ModelConfig",
+    "NearDuplicates",
+    "NonNegative",
+    "PPOConfig",
+    "Positive",
+    "PositiveFloat",
+    "PretrainConfig",
+    "Recipe",
+    "RecipeError",
+    "ResourcesConfig",
+    "RewardConfig",
+    "Role",
+    "RoleResources",
+    "RoleTrainingConfig",
+    "SFTConfig",
+    "Section",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "load",
+    "parse",
+]

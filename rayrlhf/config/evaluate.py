@@ -1,0 +1,22 @@
+"""The comparison of the stages."""
+
+from rayrlhf.config.section import Positive, PositiveFloat, Section
+
+
+class EvaluateConfig(Section):
+    """Comparison of the stages on the same held-out prompts."""
+
+    prompts: str
+    """Held-out prompts, never used in PPO."""
+    comparisons: str
+    """Held-out comparisons, for the reward model."""
+    num_prompts: Positive = 200
+    max_response_tokens: Positive = 32
+    temperature: PositiveFloat = 1.0
+    batch_size: Positive = 16
+    """Sequences of model.max_length that one forward pass holds; bounds memory, not the result.
+    More is no faster on a CPU."""
+    memory_gib: PositiveFloat = 0.5
+    """KV cache of the engine that answers the prompts, GiB."""
+    num_samples: Positive = 12
+    """Prompts whose answers are shown side by side in the report."""

@@ -1,0 +1,137 @@
+"""The whole recipe, and the rules that hold between its sections."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from rayrlhf.config.corpus import CorpusConfig
+from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.model import ModelConfig, TokenizerConfig
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.resources import ResourcesConfig
+from rayrlhf.config.section import Section
+from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
+
+STAGES = ("corpus", "pretrain", "sft", "reward", "ppo", "evaluate")
+# Attention of vLLM 0.32 on CPU has kernels for these sizes of a head only; GPUs have them all.
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+class Recipe(Section):
+    """An experiment; the sections that a recipe has are the stages that `pipeline` runs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run and its folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    run_dir: str = ""
+    """Where everything is written, a local path or a `file://` URI; empty means runs/<name>."""
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers beside metrics.jsonl. W&B and MLflow take address and key from environment variables
+    of their own, on the node of the worker that logs."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    corpus: CorpusConfig | None = None
+    pretrain: PretrainConfig | None = None
+    sft: SFTConfig | None = None
+    reward: RewardConfig | None = None
+    ppo: PPOConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        place = unquote(urlsplit(self.run_dir).path) if "://" in self.run_dir else self.run_dir
+        return Path(place or f"runs/{self.name}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages that this recipe has, in the order in which they run."""
+        present = {
+            "corpus": self.corpus,
+            "pretrain": self.pretrain,
+            "sft": self.sft,
+            "reward": self.reward,
+            "ppo": self.ppo,
+            "evaluate": self.evaluate,
+        }
+        return tuple(stage for stage in STAGES if present[stage] is not None)
+
+    @field_validator("run_dir")
+    @classmethod
+    def _is_a_local_path(cls, run_dir: str) -> str:
+        if "://" in run_dir:
+            uri = urlsplit(run_dir)
+            if uri.scheme != "file" or uri.netloc not in ("", "localhost") or len(uri.path) < 2:
+                raise ValueError(
+                    f"run_dir={run_dir}: checkpoints need a file system: mount the bucket or share "
+                    "on every node, and set run_dir to a path there, such as /mnt/bucket/runs/NAME"
+                )
+        return run_dir
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if self.pretrain is not None:
+            if self.corpus is None and self.pretrain.corpus is None:
+                raise ValueError(
+                    "pretrain reads packed rows, but the recipe has no corpus section: "
+                    "add corpus, set pretrain.corpus to a finished one, or take pretrain out "
+                    "and set model.path"
+                )
+            if self.model.path is not None and self.tokenizer.path is None:
+                raise ValueError(
+                    f"model.path={self.model.path} has its own tokenizer, but tokenizer.path is "
+                    f"empty: set tokenizer.path={self.model.path}"
+                )
+        elif self.model.path is None and self.stages not in ((), ("corpus",)):
+            raise ValueError(
+                "there is no model to start from: add a pretrain section, "
+                "or set model.path to an existing model"
+            )
+        if self.tokenizer.path is None and self.corpus is None and self.model.path is None:
+            raise ValueError(
+                "there is no text to train a tokenizer on: add a corpus section, "
+                "or set tokenizer.path to an existing tokenizer"
+            )
+        if self.corpus is not None and self.pretrain is not None:
+            self._rows_fit(self.corpus)
+        if self.ppo is not None:
+            self._ppo_fits(self.ppo)
+        return self
+
+    def _rows_fit(self, corpus: CorpusConfig) -> None:
+        if self.model.path is None and corpus.row_length > self.model.max_length:
+            raise ValueError(
+                f"corpus.row_length={corpus.row_length} is longer than "
+                f"model.max_length={self.model.max_length}: set both to the same value"
+            )
+
+    def _ppo_fits(self, ppo: PPOConfig) -> None:
+        if ppo.ptx_coef > 0 and self.corpus is None:
+            raise ValueError(
+                f"ppo.ptx_coef={ppo.ptx_coef} mixes in pretraining rows, but the "
+                "recipe has no corpus section: add corpus, or set ppo.ptx_coef=0"
+            )
+        for role in ("actor", "critic"):
+            ranks = self.resources.role(role).num_workers
+            if ppo.minibatch_size % ranks:
+                raise ValueError(
+                    f"a minibatch of {ppo.minibatch_size} responses does not divide over "
+                    f"resources.{role}.num_workers={ranks}: change ppo.batch_size or "
+                    "ppo.num_minibatches"
+                )
+        head_size = self.model.hidden_size // self.model.num_heads
+        on_cpu = self.resources.rollout.gpus == 0
+        if on_cpu and self.model.path is None and head_size not in HEAD_SIZES:
+            raise ValueError(
+                f"model.hidden_size / model.num_heads = {head_size} is a head size that vLLM "
+                f"cannot roll out on CPU: change one of the two to get one of "
+                f"{', '.join(map(str, HEAD_SIZES))}"
+            )
+        if self.model.path is None and ppo.max_response_tokens >= self.model.max_length:
+            raise ValueError(
+                f"ppo.max_response_tokens={ppo.max_response_tokens} leaves no room for a prompt "
+                f"within model.max_length={self.model.max_length}: set it lower"
+            )

@@ -1,0 +1,125 @@
+"""Optimizer, schedule and backend of every trained model; the stages that Ray Train runs."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+
+class TrainingConfig(Section):
+    """What every trained model has: optimizer, schedule and backend."""
+
+    tokens_per_microbatch: Positive = 4096
+    """Padded tokens that one forward pass of one worker holds; bounds memory, not the result."""
+    learning_rate: PositiveFloat = 9e-6
+    """Peak learning rate (InstructGPT appendix C: 9e-6 for the reward model and for PPO)."""
+    min_learning_rate_ratio: Fraction = 0.1
+    """Final over peak learning rate of the cosine (GPT-3, arXiv:2005.14165: 0.1)."""
+    warmup_ratio: Fraction = 0.0
+    """Part of the steps with a linear warm-up."""
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    """0.95 in GPT-3, LLaMA and InstructGPT."""
+    adam_eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.0
+    """Decoupled decay (AdamW) of matrices; norms, biases and embeddings have none."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm (GPT-3: 1.0)."""
+    backend: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; only with backend=deepspeed."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of forward and backward; master weights and optimizer stay in float32. `auto` takes bfloat16
+    on devices that have instructions for it."""
+
+    @model_validator(mode="after")
+    def _zero_needs_deepspeed(self) -> Self:
+        if self.zero_stage and self.backend != "deepspeed":
+            raise ValueError(
+                f"zero_stage={self.zero_stage} needs backend=deepspeed, not {self.backend}: "
+                "set backend=deepspeed or zero_stage=0"
+            )
+        return self
+
+
+class StageConfig(TrainingConfig):
+    """A Ray Train stage: a training run with epochs, logging and checkpoints."""
+
+    batch_size: Positive
+    """Sequences (for `reward`: prompts) that one optimizer step sees, over all workers."""
+    init: str | None = None
+    """Model to start from (folder); None takes the stage before it in the recipe."""
+    epochs: PositiveFloat = 1
+    """Passes over the training data."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the residual stream."""
+    log_every: Positive = 10
+    """Steps between lines on the terminal; metrics.jsonl gets every step."""
+    eval_every: Positive | None = None
+    """Steps between evaluations on held-out data; None evaluates at the end only."""
+    save_every: Positive = 100
+    """Steps between checkpoints; a killed run loses at most this many steps of time."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints to keep; `final/` is always kept."""
+
+
+class PretrainConfig(StageConfig):
+    """Next-token prediction on the packed corpus."""
+
+    corpus: str | None = None
+    """Folder of a finished corpus, local or a URI that is streamed; None: that of this run."""
+    documents: Literal["joined", "apart"] = "joined"
+    """Whether attention and positions run on over the documents of a row (GPT-3), or begin anew at
+    each of them (Llama 3, arXiv:2407.21783, section 3.2)."""
+    batch_size: Positive = 32
+    learning_rate: PositiveFloat = 6e-4
+    """GPT-3 small (arXiv:2005.14165, table 2.1)."""
+    warmup_ratio: Fraction = 0.02
+    weight_decay: NonNegative = 0.1
+    """GPT-3 and LLaMA."""
+    num_samples: Annotated[int, Field(ge=0)] = 5
+    """How many times, evenly spaced, generated samples are printed while training."""
+    sample_prompts: tuple[str, ...] = ("The movie",)
+    """Openings that the printed samples continue."""
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on demonstrations; loss on the response only."""
+
+    train: str
+    """Demonstrations: `prompt` + `response`, or `messages`."""
+    validation: str | None = None
+    batch_size: Positive = 32
+    """InstructGPT appendix C.1 (1.3B and 6B)."""
+    learning_rate: PositiveFloat = 9.65e-6
+    """InstructGPT appendix C.1 (1.3B and 6B)."""
+    epochs: PositiveFloat = 16
+    """InstructGPT section 3.5."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Residual dropout, InstructGPT section 3.5."""
+
+
+class RewardConfig(StageConfig):
+    """Reward model on ranked completions."""
+
+    train: str
+    """Comparisons: `prompt`, `responses` (K = 2 to 9), `ranks` (1 = best, ties allowed)."""
+    validation: str | None = None
+    demonstrations: str | None = None
+    """Records whose mean score is shifted to 0; None takes `sft.train`."""
+    batch_size: Positive = 64
+    """Prompts per step (InstructGPT appendix C.2)."""
+    learning_rate: PositiveFloat = 9e-6
+    """InstructGPT appendix C.2."""
+    epochs: PositiveFloat = 1
+    """More overfits (InstructGPT appendix C.2)."""
+
+
+class RoleTrainingConfig(TrainingConfig):
+    """Training of PPO's actor or critic."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """The same in all processes that hold the model: no `auto`."""
