@@ -1,0 +1,185 @@
+"""The comparison itself: from answers, scores and models to the entries of results.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayrlhf.evaluation.diversity import (
+    TokenStatistics,
+    distinct_n,
+    kl_per_response,
+    token_statistics,
+)
+from rayrlhf.evaluation.held_out import (
+    RatedTexts,
+    agreement,
+    held_out_loss,
+    pooled_calibration,
+)
+from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
+from rayrlhf.models.causal_lm import CausalLMModel
+
+Floats = npt.NDArray[np.float64]
+Answers = dict[str, list[Answer]]
+
+_RATINGS_JUDGE = "vader"
+
+
+def compare_answers(
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *, reference: str, seed: int
+) -> dict[str, Any]:
+    """Return what follows from the words and the scores: win rates, ratings, distinct-2, lengths.
+
+    `scores[judge][model]` is (N,), one per prompt.
+    """
+    rates = {
+        model: {
+            judge: win_rate(by_model[model], by_model[reference], seed=seed)
+            for judge, by_model in scores.items()
+        }
+        for model in answers
+    }
+    rated = ratings(
+        {m: list(s) for m, s in scores[_RATINGS_JUDGE].items()}, anchor=reference, seed=seed
+    )
+    num = {model: len(given) for model, given in answers.items()}
+    return {
+        "judges": list(scores),
+        f"win_rate_vs_{reference}": {
+            m: {j: rate.value for j, rate in row.items()} for m, row in rates.items()
+        },
+        "intervals": {
+            f"win_rate_vs_{reference}": {
+                m: {j: _bounds(rate) for j, rate in row.items()} for m, row in rates.items()
+            }
+        },
+        "mean_score": {
+            model: {judge: float(by_model[model].mean()) for judge, by_model in scores.items()}
+            for model in answers
+        },
+        "ratings_judge": _RATINGS_JUDGE,
+        "ratings": {m: {"elo": r.value, "low": r.low, "high": r.high} for m, r in rated.items()},
+        "distinct_2": {
+            model: distinct_n([a.response for a in given], 2) for model, given in answers.items()
+        },
+        "response_length": {
+            model: sum(len(a.response_ids) for a in given) / num[model]
+            for model, given in answers.items()
+        },
+        "ended_fraction": {
+            model: sum(a.ended for a in given) / num[model] for model, given in answers.items()
+        },
+    }
+
+
+def _bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def compare_models(
+    models: Mapping[str, str],
+    answers: Answers,
+    rows: Mapping[str, list[list[int]]],
+    *,
+    reference: str,
+    temperature: float,
+    tokens_per_batch: int,
+) -> dict[str, Any]:
+    """Return what takes a forward pass: entropy, KL from the reference, held-out loss.
+
+    `engine_mismatch` is how far the engine's log-probs are from those found here, in nats per
+    token: near 0 in float32 when both have the same weights.
+    """
+
+    def statistics(model: CausalLMModel, given: Sequence[Answer]) -> TokenStatistics:
+        return token_statistics(
+            model,
+            [a.prompt_ids for a in given],
+            [a.response_ids for a in given],
+            temperature=temperature,
+            tokens_per_batch=tokens_per_batch,
+        )
+
+    own: dict[str, TokenStatistics] = {}
+    by_reference: dict[str, TokenStatistics] = {}
+    losses: dict[str, dict[str, float]] = {}
+    for name, folder in models.items():
+        model = CausalLMModel.from_pretrained(folder).to(device()).eval()
+        own[name] = statistics(model, answers[name])
+        if name == reference:
+            by_reference = {
+                other: own[name] if other == name else statistics(model, given)
+                for other, given in answers.items()
+            }
+        losses[name] = {
+            source: held_out_loss(model, ids, tokens_per_batch=tokens_per_batch)
+            for source, ids in rows.items()
+        }
+    return {
+        "entropy_nats_per_token": {name: found.entropy_per_token for name, found in own.items()},
+        "kl_ref_per_response": {
+            name: kl_per_response(found, by_reference[name]) for name, found in own.items()
+        },
+        "held_out_loss": losses,
+        "engine_mismatch": {name: _mismatch(answers[name], found) for name, found in own.items()},
+    }
+
+
+def _mismatch(given: Sequence[Answer], found: TokenStatistics) -> float:
+    """Return the mean over responses of |engine's - model's log-prob| per token, nats."""
+    gaps = [
+        abs(sum(answer.log_probs) - log_prob) / max(1, length)
+        for answer, log_prob, length in zip(given, found.log_probs, found.lengths, strict=True)
+    ]
+    return sum(gaps) / max(1, len(gaps))
+
+
+def compare_with_people(
+    texts: Mapping[str, RatedTexts], judges: Sequence[Judge], people: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Return the reward model's and VADER's agreement with people, by source; {} without one."""
+    vader = next(judge for judge in judges if isinstance(judge, VaderJudge))
+    reward = next((judge for judge in judges if isinstance(judge, RewardJudge)), None)
+    if reward is None:
+        return {"reward_model": {}, "reward_model_calibration": []}
+    scores = {source: reward.score_ids(rated.ids) for source, rated in texts.items()}
+    rows = {
+        source: agreement(rated, scores[source], vader.score_texts(rated.texts), people)
+        for source, rated in texts.items()
+    }
+    return {
+        "reward_model": {source: row for source, row in rows.items() if row is not None},
+        "reward_model_calibration": pooled_calibration(texts, scores),
+    }
+
+
+def samples(
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
+) -> list[dict[str, Any]]:
+    """Return the first prompts with what every model answered, and the judges' scores."""
+    prompts = next(iter(answers.values()))[:num_samples]
+    return [
+        {
+            "prompt": first.prompt,
+            "answers": {
+                model: {
+                    "text": given[i].response,
+                    "ended": given[i].ended,
+                    "scores": {
+                        judge: float(by_model[model][i]) for judge, by_model in scores.items()
+                    },
+                }
+                for model, given in answers.items()
+            },
+        }
+        for i, first in enumerate(prompts)
+    ]
+
+
+def device() -> torch.device:
+    """Return what models and judges compute on in this process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
