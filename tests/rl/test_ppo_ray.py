@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from rayrlhf.config import parse
 from rayrlhf.rl.ppo import train_ppo
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-train_ppo(parse(json.loads(sys.argv[1])))
+for recipe in sys.argv[1:]:
+    train_ppo(parse(json.loads(recipe)))
 """
 
 
@@ -62,10 +64,11 @@ def make_run(folder: Path, model: Path) -> dict[str, Any]:
     }
 
 
-def start(recipe: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
+def start(log: Path, *recipes: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Run the recipes one after the other, in one process on one cluster."""
     with log.open("wb") as sink:
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(recipe)],
+            [sys.executable, "-c", SCRIPT, *map(json.dumps, recipes)],
             cwd=ROOT,
             stdout=sink,
             stderr=sink,
@@ -94,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Pat
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     model = engine_model(tmp_path / "model", tiny_model)
     recipes = {folder: make_run(folder, model) for folder in (cut, whole)}
-    process = start(recipes[cut], tmp_path / "cut.log")
+    process = start(tmp_path / "cut.log", recipes[cut])
     deadline = time.monotonic() + 500
     while len(read_jsonl(cut / "ppo" / "metrics.jsonl")) < 3:
         assert process.poll() is None, (tmp_path / "cut.log").read_text(errors="replace")[-3000:]
@@ -104,10 +107,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Pat
     process.wait()
     assert not (cut / "ppo" / "final").exists()
 
-    resumed = start(recipes[cut], tmp_path / "resumed.log")
-    finish(resumed, tmp_path / "resumed.log")
-    uninterrupted = start(recipes[whole], tmp_path / "whole.log")
-    finish(uninterrupted, tmp_path / "whole.log")
+    # Uninterrupted, beside what resumes.
+    again = start(tmp_path / "again.log", recipes[cut], recipes[whole])
+    finish(again, tmp_path / "again.log")
 
     rows = read_jsonl(whole / "ppo" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -116,7 +118,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Pat
         assert (row["policy/first_ratio"], row["policy/first_clip_fraction"]) == (1, 0)
         assert row["kl/rollout_mismatch"] < 1e-4
         assert row["weights/version"] == row["step"]
-    assert rows[0]["kl/ref_per_response"] == pytest.approx(0, abs=1e-4)
+    assert rows[0]["kl/ref_per_response"] == 0
     assert rows[-1]["kl/ref_per_response"] != 0
     assert {s["step"] for s in read_jsonl(whole / "ppo" / "samples.jsonl")} == {2, 4, 5}
 
@@ -130,6 +132,60 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Pat
     begin = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in begin)
     assert any(not torch.equal(ends[0][name], begin[name]) for name in begin)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_zero_2_has_the_metrics_of_ddp_resumes_and_exports(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Two ranks each for the actor and the critic."""
+    model = engine_model(tmp_path / "model", tiny_model)
+    ddp, zero, cut = (tmp_path / name for name in ("ddp", "zero", "cut"))
+    # A small gradient's sign is rounding; eps keeps its step small.
+    optimizer = {"learning_rate": 1e-3, "adam_eps": 1e-3}
+    recipes = {folder: make_run(folder, model) for folder in (ddp, zero, cut)}
+    for folder, recipe in recipes.items():
+        recipe["resources"]["critic"] = {"num_workers": 2}
+        backend = {} if folder == ddp else {"backend": "deepspeed", "zero_stage": 2}
+        training = {**optimizer, **backend}
+        recipe["ppo"] |= {"steps": 2, "save_every": 1, "actor": training, "critic": training}
+    finish(start(tmp_path / "whole.log", recipes[ddp], recipes[zero]), tmp_path / "whole.log")
+
+    found = {
+        folder: timeless(read_jsonl(folder / "ppo" / "metrics.jsonl")) for folder in (ddp, zero)
+    }
+    for row, expected in zip(found[zero], found[ddp], strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert (row["policy/first_ratio"], row["policy/first_clip_fraction"]) == (1, 0)
+        assert row["kl/rollout_mismatch"] < 1e-4
+        assert row["policy/approx_kl"] > 0
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        return {name: weight.clone() for name, weight in state.items()}
+
+    begin, trained, exported = map(weights, (model, ddp / "ppo" / "final", zero / "ppo" / "final"))
+    assert exported.keys() == begin.keys()
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, trained[name], atol=1e-4, rtol=0)
+    assert any(not torch.equal(exported[name], begin[name]) for name in begin)
+
+    state = zero / "ppo" / "checkpoints" / "step-00000002" / "training_state"
+    for role in ("actor", "critic"):
+        assert sorted(file.name for file in (state / role).glob("optimizer*")) == [
+            "optimizer-rank00000.safetensors",
+            "optimizer-rank00001.safetensors",
+        ]
+
+    # The run as a kill after the first step leaves it.
+    shutil.copytree(zero / "ppo", cut / "ppo")
+    for lost in ("final", "checkpoints/step-00000002"):
+        shutil.rmtree(cut / "ppo" / lost)
+    finish(start(tmp_path / "cut.log", recipes[cut]), tmp_path / "cut.log")
+    assert timeless(read_jsonl(cut / "ppo" / "metrics.jsonl")) == found[zero]
+    resumed = weights(cut / "ppo" / "final")
+    assert all(torch.equal(resumed[name], exported[name]) for name in begin)
 
 
 @pytest.mark.ray
