@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     log: Path | None = None
     try:
-        recipe = load(args.recipe, args.overrides)
-        run_dir.check_place(recipe)
+        recipe = run_dir.settle(load(args.recipe, args.overrides))
         with run_dir.held(recipe):
             log = recipe.path / "log.txt"
             with console.capture(log):

@@ -18,16 +18,28 @@ _UNPACKED = "working_dir_files"
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
-def check_place(recipe: Recipe) -> None:
-    """Raise RecipeError when a submitted job would lose what it writes."""
+def settle(recipe: Recipe) -> Recipe:
+    """Return the recipe with a run directory that outlives the command.
+
+    The working directory of a submitted job is a copy on one node that Ray deletes, so a relative
+    `run_dir` there lies in the home directory instead. Raises RecipeError for one in that copy.
+    """
     if _IN_JOB not in os.environ:
-        return
-    if not recipe.path.is_absolute() or _UNPACKED in recipe.path.resolve().parts:
+        return recipe
+    if not recipe.path.is_absolute():
+        place = Path.home() / recipe.path
+        console.warn(
+            f"run_dir={recipe.path}: Ray deletes a job's working directory, so in this job it is "
+            f"{place}; where there are more nodes, set it to a folder that all of them see"
+        )
+        return recipe.model_copy(update={"run_dir": str(place)})
+    if _UNPACKED in recipe.path.resolve().parts:
         raise RecipeError(
             f"run_dir={recipe.path}: in a Ray job this is a folder of one node that Ray deletes "
             "with the job's files: set it to one on a file system that every node sees, "
             f"run_dir=/shared/runs/{recipe.name}"
         )
+    return recipe
 
 
 @contextmanager

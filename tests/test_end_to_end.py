@@ -224,12 +224,9 @@ def test_ray_job_submit(tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         # A cluster answers before it takes jobs.
         early = ("Failed to connect", "No available agent")
-        while any(words in (refused := output_of(submit("run_dir=runs/toy"))) for words in early):
-            assert time.monotonic() < deadline, refused
+        while any(words in output_of(done := submit("ppo.ptx_coef=0")) for words in early):
+            assert time.monotonic() < deadline, output_of(done)
             time.sleep(2)
-        assert "run_dir=/shared/runs/toy" in refused
-        assert "exit code 2" in refused
-        done = submit("ppo.ptx_coef=0")
         assert done.returncode == 0, output_of(done)
         check_results(tmp_path / "run", "ppo")
     finally:

@@ -36,16 +36,23 @@ def file_of(folder: Path, place: str | Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("place", ["", "runs/toy", "./x"])
-def test_a_job_refuses_a_relative_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+@pytest.mark.parametrize("place", ["", "runs/toy", "./runs/toy"])
+def test_a_relative_folder_of_a_job_lies_in_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_dir.check_place(recipe_in(place))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = recipe_in(place)
+    assert run_dir.settle(recipe) is recipe  # no job
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(RecipeError, match=r"deletes.*run_dir=/shared/runs/toy"):
-        run_dir.check_place(recipe_in(place))
-    run_dir.check_place(recipe_in(tmp_path))
+    settled = run_dir.settle(recipe)
+    assert settled.path == tmp_path / "runs/toy"
+    assert settled.model_copy(update={"run_dir": place}) == recipe
+    assert f"in this job it is {tmp_path}/runs/toy" in capsys.readouterr().err
+    absolute = recipe_in(tmp_path)
+    assert run_dir.settle(absolute) is absolute
 
 
 def test_a_job_refuses_a_folder_among_its_unpacked_files(
@@ -54,10 +61,9 @@ def test_a_job_refuses_a_folder_among_its_unpacked_files(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     unpacked = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
     with pytest.raises(RecipeError, match="every node sees"):
-        run_dir.check_place(recipe_in(unpacked / "runs"))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["sft", file_of(tmp_path, "runs/toy")]) == 2
-    assert not (tmp_path / "runs").exists()
+        run_dir.settle(recipe_in(unpacked / "runs"))
+    assert cli.main(["sft", file_of(tmp_path, unpacked / "runs")]) == 2
+    assert not unpacked.exists()
 
 
 def test_a_folder_that_cannot_be_written_exits_2(
