@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +57,7 @@ class CausalLMModel(nn.Module):
                 f"{type(hf).__name__} changes its logits by {transforms[0]}, which is not "
                 "supported: use a Llama, Qwen, Mistral or GPT-2 model"
             )
+        hf.set_output_embeddings(_Head(hf.get_output_embeddings()))
         self.hf = hf
 
     @classmethod
@@ -194,19 +196,9 @@ def _token_statistics(
     states = hidden.flatten(0, 1).index_select(0, places - 1)  # (n, d) before each token
     tokens = input_ids.flatten()[places]
     head = model.get_output_embeddings()
-
-    def statistics(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return _SelectLogProbs.apply(head(states), tokens, temperature, with_entropy)
-
-    rows = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
-    if len(states) <= rows:
-        log_probs, entropies = statistics(states, tokens)
-    else:
-        parts = [
-            checkpoint(statistics, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(states.split(rows), tokens.split(rows), strict=True)
-        ]
-        log_probs, entropies = (torch.cat(found) for found in zip(*parts, strict=True))
+    if not isinstance(head, _Head):
+        head = _Head(head)
+    log_probs, entropies = head(states, tokens, temperature, with_entropy)
 
     def spread(flat: Tensor) -> Tensor:
         padded = flat.new_zeros(input_ids.numel()).index_copy(0, places, flat)
@@ -229,6 +221,42 @@ def _places(attention_mask: Tensor, positions: Tensor | None) -> Tensor:
     if positions.dtype == torch.bool:
         return has_previous & positions
     return has_previous & torch.zeros_like(has_previous).scatter(1, positions, True)
+
+
+class _Head(nn.Module):
+    """The output layer, and what is computed from its logits, in one call of a module.
+
+    ZeRO-3 gathers the weight once per call, on all ranks together: these make as many calls, in
+    however many parts each computes its logits.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(
+        self,
+        states: Tensor,
+        tokens: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Any:
+        """Return the logits of `states`; with tokens (n,), their log-probs and the entropies."""
+        if tokens is None:
+            return F.linear(states, self.weight, self.bias)
+
+        def statistics(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            logits = F.linear(states, self.weight, self.bias)  # (n, V)
+            return _SelectLogProbs.apply(logits, tokens, temperature, with_entropy)
+
+        rows = max(1, LOGITS_BYTES // (4 * self.weight.shape[0]))
+        if len(states) <= rows:
+            return statistics(states, tokens)
+        parts = [
+            checkpoint(statistics, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(states.split(rows), tokens.split(rows), strict=True)
+        ]
+        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
 
 class _SelectLogProbs(torch.autograd.Function):
