@@ -10,7 +10,7 @@ from typing import Any
 from rayrlhf import console
 from rayrlhf.config import CorpusConfig, RecipeError
 from rayrlhf.data.buckets import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, NEAR_HELD_OUT
-from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules, open_tokenizer
+from rayrlhf.data.documents import NUM_EXAMPLES, Piece, TextRules, encoder_of
 from rayrlhf.data.mixture import MixtureRules
 
 MANIFEST = "manifest.json"
@@ -110,7 +110,7 @@ def manifest(
         "row_length": mixture.row_length,
         "packing": mixture.packing,
         "eos_id": mixture.eos_id,
-        "vocab_size": open_tokenizer(mixture.tokenizer).get_vocab_size(),
+        "vocab_size": encoder_of(mixture.tokenizer).tokenizer.get_vocab_size(),
         "epochs": dict(mixture.epochs),
         "rules": rules,
         "rules_sha256": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),

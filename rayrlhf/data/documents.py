@@ -15,12 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
 from rayrlhf.config import RecipeError
 from rayrlhf.data import buckets, inputs, near_duplicates, records
 from rayrlhf.data.cleaning import Cleaning
+from rayrlhf.data.encoder import Encoder
 from rayrlhf.data.near_duplicates import Bands
 from rayrlhf.data.ngrams import Hashes, ngram_hashes, share_any
 from rayrlhf.data.storage import InputFile
@@ -158,13 +156,9 @@ def tokenize_piece(piece: Piece, rules: TextRules, contaminated: Hashes) -> dict
 
 
 @lru_cache(maxsize=1)
-def open_tokenizer(folder: str) -> Tokenizer:
-    """Return the fast tokenizer; the name of a special token inside a document is plain text."""
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def encoder_of(folder: str) -> Encoder:
+    """Return the tokenizer of a folder with the words that this process has met."""
+    return Encoder(folder)
 
 
 class _FirstError(Exception):
@@ -212,8 +206,7 @@ def _add_documents(
             else:
                 clean.append(text)
         kept = clean
-    encoded = open_tokenizer(rules.tokenizer).encode_batch_fast(kept, add_special_tokens=False)
-    tokens = [np.array(item.ids, dtype=np.int32) for item in encoded]
+    tokens = encoder_of(rules.tokenizer).encode(kept)
     counts.tokens += sum(map(len, tokens))
     counts.bytes += sum(len(text.encode("utf-8")) for text in kept)
     counts.words += sum(len(text.split()) for text in kept)

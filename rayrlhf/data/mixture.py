@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rayrlhf.data import buckets
 from rayrlhf.data.buckets import DUPLICATE, Document, Group, Shuffle
-from rayrlhf.data.documents import NUM_EXAMPLES, open_tokenizer
+from rayrlhf.data.documents import NUM_EXAMPLES, encoder_of
 from rayrlhf.data.packing import pack, pack_best_fit
 from rayrlhf.data.rows import Rows, write_shard
 
@@ -142,7 +142,7 @@ def _account(
         "dropped_tokens": {reason: tokens(documents) for reason, documents in gone.items()},
         "examples": {
             reason: [
-                open_tokenizer(tokenizer).decode(document.tokens[:50].tolist())
+                encoder_of(tokenizer).tokenizer.decode(document.tokens[:50].tolist())
                 for document in documents[:NUM_EXAMPLES]
             ]
             for reason, documents in gone.items()
