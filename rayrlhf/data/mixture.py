@@ -5,18 +5,22 @@ the same bytes whatever the number of pieces, tasks and machines.
 """
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rayrlhf.data import buckets
 from rayrlhf.data.buckets import DUPLICATE, Document, Group, Shuffle
 from rayrlhf.data.documents import NUM_EXAMPLES, encoder_of
 from rayrlhf.data.packing import pack, pack_best_fit
 from rayrlhf.data.rows import Rows, write_shard
+
+SAMPLE_BINS = 1024
+"""Parts that a source's documents are counted in to find where a sample ends."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,32 @@ class MixtureRules:
     packing: Literal["stream", "best_fit"]
     epochs: Mapping[str, float]
     """Per source."""
+    sample_below: Mapping[str, float]
+    """Per source: documents whose place, from 0 to 1, is below occur once more than the whole part
+    of the epochs says; see `sample_threshold`."""
     eos_id: int
 
 
-def unique_tokens(group: Group, rules: None, shuffle: Shuffle) -> dict[str, int]:
-    """Return the tokens per source that `pack_group` will have to mix."""
-    del rules
+def sample_tokens(group: Group, seed: int, shuffle: Shuffle) -> dict[str, list[int]]:
+    """Return the tokens per source that `pack_group` will have to mix, by the documents' places.
+
+    A source's list has the tokens of SAMPLE_BINS equal parts of the places from 0 to 1.
+    """
     kept, _ = _unique(buckets.documents(shuffle, group), buckets.to_drop(shuffle, group))
-    counts: Counter[str] = Counter()
+    counts: dict[str, list[int]] = {}
     for document in kept:
-        counts[document.source] += len(document.tokens)
-    return dict(counts)
+        bins = counts.setdefault(document.source, [0] * SAMPLE_BINS)
+        bins[int(_place(seed, document.hash) * SAMPLE_BINS)] += len(document.tokens)
+    return counts
+
+
+def sample_threshold(bins: Sequence[int], part: float) -> float:
+    """Return the place below which the documents have, as nearly as can be, `part` of the tokens.
+
+    `bins` is the sum of a source's lists of `sample_tokens`.
+    """
+    tokens = np.concatenate([[0], np.cumsum(bins)])
+    return int(np.abs(tokens - part * tokens[-1]).argmin()) / len(bins)
 
 
 def pack_group(group: Group, rules: MixtureRules, shuffle: Shuffle) -> dict[str, Any]:
@@ -50,7 +69,7 @@ def pack_group(group: Group, rules: MixtureRules, shuffle: Shuffle) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     found, drop = buckets.documents(shuffle, group), buckets.to_drop(shuffle, group)
     kept, dropped = _unique(found, drop)
-    copies = _mixture(kept, rules.epochs if group.is_training else {}, rules.seed)
+    copies = _mixture(kept, rules) if group.is_training else kept
     texts = [document.tokens for document in copies]
     padding = dropped_tail = 0
     if rules.packing == "stream" or not group.is_training:  # a loss of rows that compare
@@ -100,20 +119,24 @@ def _unique(
     return kept, dropped
 
 
-def _mixture(
-    documents: Sequence[Document], epochs: Mapping[str, float], seed: int
-) -> list[Document]:
+def _mixture(documents: Sequence[Document], rules: MixtureRules) -> list[Document]:
     """Return documents in shuffled order: floor(epochs) copies of each, one more of a sample.
 
     Whether a document is in the sample follows from its own hash, not from those beside it.
     """
     order: list[tuple[bytes, Document]] = []
     for document in documents:
-        part, whole = math.modf(epochs.get(document.source, 1.0))
-        place = int.from_bytes(_key(seed, document.hash, "sample"), "big")
-        for copy in range(int(whole) + (place < part * 2.0**128)):
-            order.append((_key(seed, document.hash, str(copy)), document))
+        copies = int(rules.epochs.get(document.source, 1.0))
+        below = rules.sample_below.get(document.source, 0.0)
+        copies += below > 0 and _place(rules.seed, document.hash) < below
+        for copy in range(copies):
+            order.append((_key(rules.seed, document.hash, str(copy)), document))
     return [document for _, document in sorted(order, key=lambda item: item[0])]
+
+
+def _place(seed: int, digest: bytes) -> float:
+    """Return a document's place in the order in which samples are taken: from 0 to below 1."""
+    return int.from_bytes(_key(seed, digest, "sample")[:6], "big") / 2**48
 
 
 def _key(seed: int, digest: bytes, purpose: str) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -18,7 +19,7 @@ from rayrlhf.data.buckets import (
     write_part,
 )
 from rayrlhf.data.documents import text_hash
-from rayrlhf.data.mixture import MixtureRules, pack_group, unique_tokens
+from rayrlhf.data.mixture import MixtureRules, pack_group, sample_threshold, sample_tokens
 from rayrlhf.data.tokenizer import save_tokenizer, train_tokenizer
 
 EOS = 0
@@ -68,6 +69,7 @@ def pack(
         "rows_per_shard": 100,
         "packing": "stream",
         "epochs": {},
+        "sample_below": {},
         "eos_id": EOS,
     }
     return pack_group(group, MixtureRules(**{**rules, **changes}), shuffle)
@@ -85,7 +87,8 @@ def test_duplicates_stay_once_in_the_first_source(tmp_path: Path, tokenizer: Pat
         *(("b", "xy"), ("a", "xy"), ("b", "xy"), ("b", "z"), ("a", "pqr")),
         held_out={"a": "pqr"},
     )
-    assert unique_tokens(TRAIN, None, shuffle) == {"a": 2, "b": 1}
+    counted = sample_tokens(TRAIN, 0, shuffle)
+    assert {source: sum(bins) for source, bins in counted.items()} == {"a": 2, "b": 1}
     account = pack(shuffle, tokenizer)
     a, b = account["sources"]["a"], account["sources"]["b"]
     assert (a["dropped"], a["dropped_tokens"]) == (
@@ -139,7 +142,12 @@ def test_best_fit_pads_instead_of_cutting(tmp_path: Path) -> None:
 def test_epochs_are_whole_copies_and_a_sample(tmp_path: Path) -> None:
     documents = [("a", chr(1000 + i)) for i in range(300)]
     documents += [("b", chr(2000 + i)) for i in range(300)]
-    account = pack(shuffle_of(tmp_path, *documents), epochs={"a": 2.5, "b": 0.3}, row_length=1)
+    account = pack(
+        shuffle_of(tmp_path, *documents),
+        epochs={"a": 2.5, "b": 0.3},
+        sample_below={"a": 0.5, "b": 0.3},
+        row_length=1,
+    )
     tokens = [token for token in tokens_of(tmp_path, account) if token]
     copies = [tokens.count(1000 + i) for i in range(300)]
     assert set(copies) == {2, 3}
@@ -166,11 +174,51 @@ def test_the_sample_is_the_same_in_any_number_of_buckets(tmp_path: Path) -> None
                 token
                 for group in groups
                 for token in tokens_of(
-                    folder, pack(shuffle, group=group, epochs={"a": 0.4}, row_length=1)
+                    folder,
+                    pack(
+                        shuffle,
+                        group=group,
+                        epochs={"a": 0.4},
+                        sample_below={"a": 0.4},
+                        row_length=1,
+                    ),
                 )
             )
         )
     assert found[0] == found[1]
+
+
+def test_a_sample_has_its_part_of_the_tokens_to_a_document(tmp_path: Path) -> None:
+    """Few documents of very different lengths, in any number of buckets."""
+    documents = [("a", chr(1000 + i) * (1 + 7 * (i % 9))) for i in range(50)]
+    total = sum(len(text) for _, text in documents)
+    for buckets in (1, 4):
+        folder = tmp_path / str(buckets)
+        shuffle = shuffle_of(folder, *documents, num_buckets=buckets)
+        groups = [Group("train", bucket=bucket) for bucket in range(buckets)]
+        bins = sum(
+            (
+                np.array(found["a"])
+                for group in groups
+                if (found := sample_tokens(group, 0, shuffle))
+            ),
+            start=np.zeros(1, dtype=int),
+        )
+        for part in (0.1, 0.5, 0.83):
+            below = {"a": sample_threshold(bins, part)}
+            mixed = [
+                pack(shuffle, group=group, epochs={"a": 1 + part}, sample_below=below)
+                for group in groups
+            ]
+            tokens = sum(account["document_tokens"] for account in mixed)
+            assert tokens == pytest.approx((1 + part) * total, abs=57 / 2)
+
+
+def test_where_a_sample_ends_by_hand() -> None:
+    assert sample_threshold([0, 4, 0, 6], 0.0) == 0
+    assert sample_threshold([0, 4, 0, 6], 0.4) == 0.5
+    assert sample_threshold([0, 4, 0, 6], 0.6) == 0.5
+    assert sample_threshold([0, 4, 0, 6], 0.9) == 1
 
 
 def test_held_out_documents_occur_once_whatever_is_dropped_elsewhere(tmp_path: Path) -> None:
