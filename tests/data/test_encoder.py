@@ -15,7 +15,7 @@ from rayrlhf.data.tokenizer import save_tokenizer, train_tokenizer
 
 TEXTS = [
     "The cat's mat, isn't it?  We'll see   what they've got: 12,345 of 678!\n\n\tEnd. ",
-    "touch\u00e9 \u201cquoted\u201d na\u00efve \u4e2d\u6587\u5b57 \U0001f600\U0001f600 d\u00e9j\u00e0 vu",
+    "touch\u00e9 \u201cquoted\u201d na\u00efve \u4e2d\u6587\u5b57 \U0001f600\U0001f600 \u00e0 vu",
     "  leading, trailing  \n \n <|endoftext|> a<|pad|>b",
 ]
 LLAMA3 = (
