@@ -85,7 +85,7 @@ class Group:
 
 def bucket_of(digest: bytes, num_buckets: int) -> int:
     """Return the bucket of a hash."""
-    return int.from_bytes(digest[:8], "big") % num_buckets
+    return int(_buckets_of(digest, num_buckets)[0])
 
 
 def write_part(

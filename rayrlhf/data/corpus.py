@@ -129,10 +129,8 @@ def build_corpus(recipe: Recipe) -> Path:
 def _train_tokenizer(recipe: Recipe, config: CorpusConfig, pieces: Sequence[Piece]) -> None:
     """Train the run's tokenizer, unless it stands there from these very texts."""
     vocab_size = recipe.tokenizer.vocab_size
-    plan = json.dumps(
-        [vocab_size, config.model_dump(mode="json"), [piece.to_json() for piece in pieces]],
-        sort_keys=True,
-    )
+    rules = config.model_dump(mode="json", exclude={"on_error"})
+    plan = json.dumps([vocab_size, rules, [piece.to_json() for piece in pieces]], sort_keys=True)
     origin = f"corpus {hashlib.sha256(plan.encode()).hexdigest()}"
     folder = recipe.path / "tokenizer"
     if origin_of(folder) != origin:
