@@ -1,0 +1,45 @@
+"""DDP and DeepSpeed ZeRO behind one small interface; all loss scaling lives here.
+
+    num_tokens = backend.global_sum(local_tokens)             # the one denominator of the step
+    for i, micro in enumerate(micros):
+        loss_sum = loss(backend(micro.input_ids, micro.attention_mask), micro)
+        backend.backward(loss_sum, num_tokens, is_last=i == len(micros) - 1)
+    stats = backend.step()                                    # clip, AdamW, schedule
+
+The gradient is that of (sum of loss_sum over every micro-batch of every rank) / denominator,
+however the batch is split. Every rank calls backward equally often: with ZeRO, forward and backward
+are collective, so a rank with less to do adds micro-batches whose mask is 0.
+"""
+
+import torch
+from torch import nn
+
+from rayrlhf.config import TrainingConfig
+from rayrlhf.training.backend.ddp import DDPBackend
+from rayrlhf.training.backend.deepspeed import DeepSpeedBackend
+from rayrlhf.training.backend.interface import Backend
+from rayrlhf.training.backend.optimizer import clip_gradients, learning_rate, make_optimizer
+from rayrlhf.training.backend.precision import forward_precision, has_bfloat16
+
+__all__ = [
+    "Backend",
+    "DDPBackend",
+    "DeepSpeedBackend",
+    "clip_gradients",
+    "forward_precision",
+    "has_bfloat16",
+    "learning_rate",
+    "make_backend",
+    "make_optimizer",
+]
+
+
+def make_backend(
+    module: nn.Module, cfg: TrainingConfig, *, total_steps: int, device: torch.device
+) -> Backend:
+    """Return `module` ready to train under cfg.backend, on `device`.
+
+    torch.distributed is initialised before, except where one process trains alone.
+    """
+    kind = DeepSpeedBackend if cfg.backend == "deepspeed" else DDPBackend
+    return kind(module, cfg, total_steps, device)

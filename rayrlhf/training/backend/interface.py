@@ -1,0 +1,162 @@
+"""What every backend has in common; all loss scaling lives here."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayrlhf.config import RecipeError, TrainingConfig
+from rayrlhf.training.backend.optimizer import learning_rate
+from rayrlhf.training.backend.precision import forward_precision
+from rayrlhf.training.checkpoint import load_tensors, save_tensors
+
+
+class Backend(ABC):
+    """A module in training on this rank; see the head of this package."""
+
+    def __init__(
+        self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
+    ) -> None:
+        self.module = module
+        self.cfg = cfg
+        self.total_steps = total_steps
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.num_steps = 0
+        self.num_skipped = 0
+        self._precision = forward_precision(cfg, device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        autocast = self._precision == "autocast"
+        with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
+            return self._forward(*args, **kwargs)
+
+    def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
+        """Add the gradient of loss_sum / denominator; `is_last` on a step's last micro-batch.
+
+        `denominator` is the global count, equal on every rank; where it is 0, so is every loss.
+        Losses with denominators of their own (PPO-ptx) may be added within one step.
+        """
+        # Both DDP and DeepSpeed divide the sum over ranks by the world size.
+        scale = self.world_size / denominator if denominator > 0 else 0.0
+        self._backward(loss_sum * scale, is_last)
+
+    def step(self) -> dict[str, float]:
+        """Clip, update and clear the gradients; return grad_norm, learning_rate, skipped_steps.
+
+        A NaN or Inf in any rank's gradient makes every rank leave weights and moments as they are;
+        `skipped_steps` counts how often that has happened. The schedule goes on all the same.
+        """
+        rate = learning_rate(self.num_steps, self.cfg, self.total_steps)
+        for group in self._optimizer().param_groups:
+            group["lr"] = rate
+        norm = self._update()
+        self.num_steps += 1
+        self.num_skipped += not math.isfinite(norm)
+        return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": float(self.num_skipped)}
+
+    def global_sums(self, values: Sequence[float]) -> list[float]:
+        """Return each value summed over the ranks (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def global_sum(self, value: float) -> float:
+        """Return `value` summed over the ranks (float64)."""
+        return self._reduce([value], dist.ReduceOp.SUM)[0]
+
+    def global_max(self, value: float) -> float:
+        """Return the largest `value` of all ranks."""
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.global_sum(0.0)
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write what `load_state` needs into `folder` (which exists); every rank calls it."""
+        tensors = self._state()
+        if tensors is not None:
+            meta = {
+                "num_steps": self.num_steps,
+                "num_skipped": self.num_skipped,
+                "world_size": self.world_size,
+                "layout": self._layout,
+            }
+            save_tensors(self._state_file(folder), tensors, meta)
+        self.barrier()
+
+    def load_state(self, folder: str | Path) -> None:
+        """Continue from `save_state`; every rank calls it.
+
+        The module must have been built from the weights of the same checkpoint.
+        Raises RecipeError when another backend or number of workers wrote it.
+        """
+        tensors, meta = load_tensors(self._state_file(folder))
+        if meta["layout"] != self._layout:
+            raise RecipeError(
+                f"{folder}: written with {meta['layout']}, but the recipe says "
+                f"{self._layout}: use that, or start afresh in another run_dir"
+            )
+        self.num_steps = meta["num_steps"]
+        self.num_skipped = meta["num_skipped"]
+        self._restore(tensors)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, float32 CPU tensor) of every weight, shared ones once; every rank calls it.
+
+        Under ZeRO-3 each step of the iterator is a collective: exhaust it on every rank.
+        """
+        kept = set(self.module.state_dict(keep_vars=True))
+        for name, parameter in self.module.named_parameters():
+            yield name, self._full(parameter).detach().to("cpu", torch.float32)
+        for name, buffer in self.module.named_buffers():
+            if name in kept:
+                yield name, buffer.detach().to("cpu", torch.float32)
+
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        result: list[float] = tensor.tolist()
+        return result
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole of one parameter, in the best precision there is."""
+        return parameter
+
+    @property
+    @abstractmethod
+    def _layout(self) -> str:
+        """How the state is spread over files; a checkpoint fits the same layout only."""
+
+    @abstractmethod
+    def _state_file(self, folder: str | Path) -> Path: ...
+
+    @abstractmethod
+    def _state(self) -> dict[str, Tensor] | None:
+        """Return what this rank has to store, None when another rank stores it."""
+
+    @abstractmethod
+    def _restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer whose param_groups hold the learning rate."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, is_last: bool) -> None: ...
+
+    @abstractmethod
+    def _update(self) -> float:
+        """Clip, update and clear; return the norm before clipping (Inf or NaN: skipped)."""

@@ -1,0 +1,83 @@
+"""AdamW, its schedule, clipping, and its state by the names of the parameters."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.config import TrainingConfig
+
+
+def learning_rate(step: int, cfg: TrainingConfig, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (0 is the first).
+
+    Linear warm-up over `warmup_ratio` of the steps, then a cosine that ends, at the last step, at
+    `min_learning_rate_ratio` of the peak. Source: GPT-3, arXiv:2005.14165, appendix B.
+    """
+    warmup = round(cfg.warmup_ratio * total_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    floor = cfg.min_learning_rate_ratio
+    return cfg.learning_rate * (floor + (1 - floor) * cosine)
+
+
+def make_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; norms, biases and embeddings do not decay."""
+    embeddings = {
+        id(parameter)
+        for child in module.modules()
+        if isinstance(child, nn.Embedding)
+        for parameter in child.parameters()
+    }
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    # fused: one pass over memory per parameter, on CPU as on CUDA.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.learning_rate,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        fused=True,
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients in place to a global norm of at most `max_norm`; return their norm."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    total = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+    norm = total.item()
+    if math.isfinite(norm) and norm > max_norm:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, total, foreach=True)
+    return norm
+
+
+def named_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return an optimizer's state as {"exp_avg.<name>": tensor, ...}; empty before a step."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def set_named_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what `named_state` returned."""
+    optimizer.state.clear()
+    for label, value in tensors.items():
+        key, _, name = label.partition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(parameter.device)
