@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf import console
 from rayrlhf.config import RecipeError
+from rayrlhf.data.chat import encode_chat
 from rayrlhf.data.records import Kind, Record, iter_records, read_records
-from rayrlhf.data.tokenizer import encode_chat, encode_text
+from rayrlhf.data.tokenizer import encode_text
 
 __all__ = [
     "Comparison",

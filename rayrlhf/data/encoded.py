@@ -39,7 +39,7 @@ from rayrlhf.data.tokenizer import load_tokenizer
 
 BYTES_IN_PLACE = 32 * 2**20
 """Smaller data is encoded where it is needed, without a job; also what one task reads."""
-_FORMAT = 1
+_FORMAT = 2
 _RECORDS_PER_BATCH = 1024
 _SCHEMA = pa.schema(
     [
@@ -209,7 +209,10 @@ def _rows(
     """Yield rows of _SCHEMA and count; `record` counts from the piece's first."""
     for where, raw in inputs.read(file, span):
         record = records.check_exactly(file, where, raw, rules["kind"])
-        row = _row(record, tokenizer, rules["kind"], rules["max_length"])
+        try:
+            row = _row(record, tokenizer, rules["kind"], rules["max_length"])
+        except RecipeError as error:
+            raise RecipeError(f"{inputs.exact_place(file, where)}: {error}") from None
         if row is None:
             counts["too_long"] += 1
         elif row["ranks"] and len(set(row["ranks"])) == 1:

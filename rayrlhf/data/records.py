@@ -15,7 +15,7 @@ from rayrlhf.data.inputs import Record
 __all__ = ["Kind", "Record", "check", "check_exactly", "iter_records", "read_records"]
 Kind = Literal["document", "demonstration", "comparison", "prompt"]
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_records(path: str | Path, kind: Kind) -> list[Record]:
@@ -149,7 +149,8 @@ def _text(
 
 def _messages(where: str, record: Record, *, last: str) -> None:
     messages = record["messages"]
-    rule = 'a list of {"role": "system" | "user" | "assistant", "content": "..."}'
+    roles = " | ".join(f'"{role}"' for role in _ROLES)
+    rule = f'a list of {{"role": {roles}, "content": "..."}}'
     if not isinstance(messages, list) or not messages:
         raise RecipeError(f"{where}: messages={_short(messages)} must be {rule}: correct it")
     for message in messages:
@@ -157,6 +158,7 @@ def _messages(where: str, record: Record, *, last: str) -> None:
             not isinstance(message, dict)
             or message.get("role") not in _ROLES
             or not isinstance(message.get("content"), str)
+            and not _calls_only(message)
         ):
             raise RecipeError(
                 f"{where}: the message {_short(message)} does not fit {rule}: correct it"
@@ -166,6 +168,12 @@ def _messages(where: str, record: Record, *, last: str) -> None:
             f"{where}: the last message is from {messages[-1]['role']}, but it must "
             f"be from {last}: add or remove a message"
         )
+
+
+def _calls_only(message: dict[str, Any]) -> bool:
+    """Tell whether an answer calls tools and says nothing else."""
+    calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+    return calls and message.get("content") is None
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, load one for a run, turn chats into ids and a loss mask.
+"""Tokenizers: train a byte-level BPE, load one for a run, encode texts.
 
 The trained tokenizer is GPT-2's (byte-level BPE: lossless on any Unicode, no unknown token) with
 six special tokens and a chat template. There is no beginning-of-text token: as in GPT-2 an
@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -99,51 +98,6 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[dict[str, Any]],
-    *,
-    open_answer: bool = False,
-) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of a chat; the mask is 1 on what the assistant says, eos included.
-
-    Prompt and answer are tokenized apart, as they are when the answer is generated.
-    `open_answer` adds the opening of an answer after the last message. Raises RecipeError when
-    the tokenizer has no chat template, or one that rewrites earlier turns.
-    """
-    if not tokenizer.chat_template:
-        raise RecipeError(
-            "`messages` need a chat template, and this tokenizer has none: use "
-            "`prompt` and `response` fields, or another tokenizer.path"
-        )
-    ids: list[int] = []
-    mask: list[int] = []
-    done = ""
-    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for end in ends:
-        before = _render(tokenizer, messages[:end], open_answer=True)
-        after = _render(tokenizer, messages[: end + 1], open_answer=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise RecipeError(
-                "the tokenizer's chat template rewrites earlier turns, so the "
-                "answer's tokens cannot be told apart: use `prompt` and `response`"
-            )
-        prompt = _template_ids(tokenizer, before[len(done) :])
-        answer = _template_ids(tokenizer, after[len(before) :])
-        # What a template adds after the end token (often a newline) is never generated.
-        stops = [i for i, token in enumerate(answer) if token == tokenizer.eos_token_id]
-        spoken = stops[-1] + 1 if stops else len(answer)
-        ids += prompt + answer
-        mask += [0] * len(prompt) + [1] * spoken + [0] * (len(answer) - spoken)
-        done = after
-    if open_answer or not ends or ends[-1] != len(messages) - 1:
-        whole = _render(tokenizer, messages, open_answer=open_answer)
-        rest = _template_ids(tokenizer, whole.removeprefix(done))
-        ids += rest
-        mask += [0] * len(rest)
-    return ids, mask
-
-
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model_vocab_size: int) -> None:
     """Raise RecipeError when the tokenizer has an id for which the model has no row."""
     largest = max(tokenizer.get_vocab().values())
@@ -153,20 +107,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, model_vocab_size: int) 
             "rows: set tokenizer.path to the model's own tokenizer, or train the model from "
             "scratch (model.path=null)"
         )
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], *, open_answer: bool
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=open_answer
-        )
-    )
-
-
-def _template_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def origin_of(folder: Path) -> str | None:

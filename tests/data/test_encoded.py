@@ -142,7 +142,7 @@ def test_a_job_over_pieces_gives_the_same(
     path = write(tmp_path / "d.jsonl", DEMONSTRATIONS * 30)
     in_place = list(encoded.demonstrations(recipe, path, 24))
     monkeypatch.setattr(encoded, "BYTES_IN_PLACE", 1000)
-    monkeypatch.setattr(encoded, "_FORMAT", 2)
+    monkeypatch.setattr(encoded, "_FORMAT", encoded._FORMAT + 1)
     in_a_job = encoded.demonstrations(recipe, path, 24)
     assert list(in_a_job) == in_place
     assert len({example.record for example in in_a_job}) == len(in_place) == 90

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import Recipe, RecipeError, parse
+from rayrlhf.data.chat import encode_chat
 from rayrlhf.data.tokenizer import (
     SPECIAL_TOKENS,
     check_vocabulary,
-    encode_chat,
     encode_text,
     load_tokenizer,
     save_tokenizer,
@@ -28,7 +28,8 @@ CHAT = [
 ]
 # Rewrites history as templates of reasoning models do: earlier answers disappear.
 FORGETFUL = (
-    "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}"
+    "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}"
+    "{{ ('>' if m['role'] == 'assistant' else '') + m['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
 )
 
@@ -111,8 +112,9 @@ def test_what_a_template_adds_after_the_answer_has_no_loss(
         "good day<|endoftext|>"
     )
     other.chat_template = FORGETFUL
-    with pytest.raises(RecipeError, match="rewrites earlier turns"):
-        encode_chat(other, CHAT)
+    ids, mask = encode_chat(other, CHAT)
+    assert other.decode(ids) == "be kindhibye>the end"
+    assert other.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "the end"
 
 
 def test_chat_without_a_template(tiny_tokenizer: Path) -> None:
