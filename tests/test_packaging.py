@@ -160,9 +160,11 @@ def test_dependencies_are_few_and_have_reasons() -> None:
     assert len(pyproject()["project"]["dependencies"]) <= 12
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     tables = re.findall(
-        r"^(?:dependencies|builtin|corpus|tracking|cpu|gpu|dev) = \[\n(.*?)^\]", text, re.M | re.S
+        r"^(?:dependencies|builtin|corpus|lora|qlora|tracking|cpu|gpu|dev) = \[\n(.*?)^\]",
+        text,
+        re.M | re.S,
     )
-    assert len(tables) == 7
+    assert len(tables) == 9
     for line in "".join(tables).splitlines():
         assert re.fullmatch(r'    ".+",  # \S.*', line), line
 

@@ -21,6 +21,7 @@ from rayrlhf.config.section import (
     Section,
 )
 from rayrlhf.config.training import (
+    LoraConfig,
     PretrainConfig,
     RewardConfig,
     RoleTrainingConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "EvaluateConfig",
     "Filter",
     "Fraction",
+    "LoraConfig",
     "ModelConfig",
     "NearDuplicates",
     "NonNegative",

@@ -43,6 +43,19 @@ class TrainingConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685) beside frozen weights; the defaults are QLoRA's."""
+
+    rank: Positive = 64
+    """Of the two matrices A and B of an adapter (QLoRA, arXiv:2305.14314, appendix B.2)."""
+    alpha: PositiveFloat = 16
+    """B A is scaled by alpha / rank (QLoRA, appendix B.2)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of what goes into A (QLoRA, appendix B.2: 0.1 up to 13B, 0.05 beyond)."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of linear modules, such as q_proj; None takes all those of the layers (QLoRA)."""
+
+
 class StageConfig(TrainingConfig):
     """A Ray Train stage: a training run with epochs, logging and checkpoints."""
 
@@ -64,6 +77,25 @@ class StageConfig(TrainingConfig):
     """Steps between checkpoints; a killed run loses at most this many steps of time."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints to keep; `final/` is always kept."""
+    lora: LoraConfig | None = None
+    """Train adapters only, and the scalar head of a reward model; `{}` takes the defaults. They
+    take a larger learning rate (QLoRA: 2e-4 up to 13B, 1e-4 beyond)."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Of the frozen weights under `lora`: nf4 holds a weight in 4 bits (QLoRA)."""
+
+    @model_validator(mode="after")
+    def _only_frozen_weights_are_quantized(self) -> Self:
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError(
+                f"quantization={self.quantization} holds frozen weights, and without lora there "
+                "are none: add `lora: {}`, or set quantization=none"
+            )
+        if self.quantization != "none" and self.backend != "ddp":
+            raise ValueError(
+                f"quantization={self.quantization} needs backend=ddp, not {self.backend}, which "
+                "would cut or cast the packed weights: set backend=ddp, or quantization=none"
+            )
+        return self
 
 
 class PretrainConfig(StageConfig):
@@ -84,6 +116,15 @@ class PretrainConfig(StageConfig):
     """How many times, evenly spaced, generated samples are printed while training."""
     sample_prompts: tuple[str, ...] = ("The movie",)
     """Openings that the printed samples continue."""
+
+    @model_validator(mode="after")
+    def _trains_all_weights(self) -> Self:
+        if self.lora is not None:
+            raise ValueError(
+                "pretrain.lora: pretraining has no frozen weights: take lora out, or give it to "
+                "sft or reward"
+            )
+        return self
 
 
 class SFTConfig(StageConfig):

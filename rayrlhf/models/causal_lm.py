@@ -27,7 +27,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rayrlhf.config import ModelConfig, RecipeError
+from rayrlhf.config import ModelConfig, RecipeError, StageConfig
+from rayrlhf.models import lora
 from rayrlhf.models.folder import (
     LOGIT_TRANSFORMS,
     add_residual_dropout,
@@ -66,6 +67,21 @@ class CausalLMModel(nn.Module):
     ) -> Self:
         """Load an HF folder; see `load_causal_lm`."""
         return cls(load_causal_lm(path, dropout=dropout, dtype=dtype))
+
+    @classmethod
+    def to_finetune(
+        cls, start: str | Path, cfg: StageConfig, *, checkpoint: Path | None, seed: int
+    ) -> Self:
+        """Load the model that a stage starts from, with what `cfg` adds, or that of `checkpoint`.
+
+        Under `cfg.lora` it is always the start model, with new adapters or those of `checkpoint`.
+        """
+        if cfg.lora is None:
+            return cls.from_pretrained(checkpoint or start, dropout=cfg.dropout)
+        hf = load_causal_lm(start, dropout=cfg.dropout, quantization=lora.quantization(cfg))
+        model = cls(hf)
+        lora.add_adapter(hf, cfg.lora, base=str(start), seed=seed, folder=checkpoint)
+        return model
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -137,7 +153,11 @@ def build_causal_lm(
 
 
 def load_causal_lm(
-    path: str | Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load an HF causal LM in eval mode, on the CPU; every dropout is 0 but `dropout`.
 
@@ -145,7 +165,7 @@ def load_causal_lm(
     (InstructGPT section 3.5). Raises RecipeError for a path without a complete causal LM.
     """
     config = load_config(path, dropout=dropout)
-    model = load_weights(AutoModelForCausalLM, path, config, dtype=dtype)
+    model = load_weights(AutoModelForCausalLM, path, config, dtype=dtype, quantization=quantization)
     add_residual_dropout(model, dropout)
     return model
 

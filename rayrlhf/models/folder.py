@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from rayrlhf.config import RecipeError
+from rayrlhf.models import lora
 
 PREFIX = "hf."
 """Of the parameter names in both wrappers of this package, which hold the HF model as `.hf`."""
@@ -54,16 +55,18 @@ def load_weights(
     *,
     dtype: torch.dtype,
     may_miss: tuple[str, ...] = (),
+    quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load an HF model, in eval mode, on the CPU, of the kind of `auto_class`.
 
+    `quantization` are arguments of `from_pretrained`, as `lora.quantization` gives them.
     Raises RecipeError if weights are missing there, other than those that `may_miss` names, since
     transformers would go on with random ones.
     """
     with quiet():
         try:
             model, report = auto_class.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True
+                path, config=config, dtype=dtype, output_loading_info=True, **(quantization or {})
             )
         except OSError as error:
             raise RecipeError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -142,9 +145,13 @@ def save_folder(
     """Write config.json, generation_config.json and model.safetensors, with the weights' dtype.
 
     `state_dict` as the pairs of `checkpoint_weights`; raises ValueError unless it is complete.
+    Adapters are merged into the weights, and written once more to `adapter/`.
     """
     pairs = None if state_dict is None else state_dict.items()
     weights = dict(checkpoint_weights(model, pairs))
+    if lora.has_adapter(model):
+        lora.save_adapter(model, folder, weights)
+        model, weights = lora.skeleton(model), lora.merged(model, weights)
     wanted = {name for name, _ in checkpoint_weights(model)}
     if weights.keys() != wanted:
         wrong = sorted(weights.keys() ^ wanted)

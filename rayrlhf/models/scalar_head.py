@@ -8,7 +8,7 @@ number, which puts the mean score of the demonstrations at 0 (arXiv:2203.02155, 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rayrlhf.config import StageConfig
+from rayrlhf.models import lora
 from rayrlhf.models.folder import (
     add_residual_dropout,
     load_config,
@@ -26,8 +28,6 @@ from rayrlhf.models.folder import (
     run_trunk,
     save_folder,
 )
-
-HEAD = "score.weight"
 
 
 class ScalarHeadModel(nn.Module):
@@ -43,7 +43,25 @@ class ScalarHeadModel(nn.Module):
         self.shift = shift
 
     @classmethod
-    def from_causal_lm(
+    def to_finetune(
+        cls, start: str | Path, cfg: StageConfig, *, checkpoint: Path | None, seed: int
+    ) -> Self:
+        """Take a causal LM's trunk and a new head, with what `cfg` adds, or load `checkpoint`.
+
+        Under `cfg.lora` it is always the start model, with new adapters or those of `checkpoint`,
+        which hold the head, too.
+        """
+        if checkpoint is not None and cfg.lora is None:
+            return cls.from_pretrained(checkpoint, dropout=cfg.dropout)
+        model = cls.from_causal_lm(
+            start, seed, dropout=cfg.dropout, quantization=lora.quantization(cfg)
+        )
+        if cfg.lora is not None:
+            lora.add_adapter(model.hf, cfg.lora, base=str(start), seed=seed, folder=checkpoint)
+        return model
+
+    @classmethod
+    def from_causal_lm(  # noqa: PLR0913 (each is a plain choice)
         cls,
         path: str | Path,
         seed: int = 0,
@@ -51,6 +69,7 @@ class ScalarHeadModel(nn.Module):
         zero_head: bool = False,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        quantization: Mapping[str, Any] | None = None,
     ) -> Self:
         """Take the trunk of a causal LM and a new head: normal(0, 1 / sqrt(d + 1)), or zeros.
 
@@ -59,7 +78,12 @@ class ScalarHeadModel(nn.Module):
         """
         config = load_config(path, dropout=dropout, num_labels=1)
         hf = load_weights(
-            AutoModelForSequenceClassification, path, config, dtype=dtype, may_miss=(HEAD,)
+            AutoModelForSequenceClassification,
+            path,
+            config,
+            dtype=dtype,
+            may_miss=(lora.HEAD,),
+            quantization=quantization,
         )
         add_residual_dropout(hf, dropout)
         weight = hf.score.weight

@@ -79,10 +79,8 @@ class RewardStage(Stage):
         return len(self.train)
 
     def build(self, checkpoint: Path | None) -> ScalarHeadModel:
-        if checkpoint is not None:
-            return ScalarHeadModel.from_pretrained(checkpoint, dropout=self.cfg.dropout)
-        return ScalarHeadModel.from_causal_lm(
-            self.start, self.recipe.seed, dropout=self.cfg.dropout
+        return ScalarHeadModel.to_finetune(
+            self.start, self.cfg, checkpoint=checkpoint, seed=self.recipe.seed
         )
 
     def costs(self, indices: Sequence[int]) -> list[float]:

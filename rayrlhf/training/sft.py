@@ -52,7 +52,9 @@ class SFTStage(LanguageModelStage):
         return len(self.train)
 
     def build(self, checkpoint: Path | None) -> CausalLMModel:
-        return CausalLMModel.from_pretrained(checkpoint or self.start, dropout=self.cfg.dropout)
+        return CausalLMModel.to_finetune(
+            self.start, self.cfg, checkpoint=checkpoint, seed=self.recipe.seed
+        )
 
     def costs(self, indices: Sequence[int]) -> list[float]:
         return [float(self.train.lengths[index]) for index in indices]

@@ -16,6 +16,7 @@ from rayrlhf.data import builtin, encoded
 from rayrlhf.data.datasets import Example
 from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
+from rayrlhf.models import lora
 from rayrlhf.models.folder import load_config
 from rayrlhf.training.backend import Backend
 
@@ -104,10 +105,11 @@ class Stage(ABC):
     def start_folder(self) -> str:
         """Return the folder of the model that the stage before left, or that the recipe names.
 
-        Raises RecipeError unless the tokenizer fits it.
+        Raises RecipeError unless the tokenizer and the section's `lora` fit it.
         """
         folder = builtin.resolve(lineage.start_model(self.recipe, self.name))
         check_vocabulary(self.tokenizer, load_config(folder).vocab_size)
+        lora.check(folder, self.cfg)
         return folder
 
     def read_demonstrations(self, path: str) -> Encoded[Example]:

@@ -123,6 +123,11 @@ class DeepSpeedBackend(Backend):
             return parameter
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if self.stage == 3 and not parameter.requires_grad:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                return parameter.detach().clone()
         full: Tensor | None = safe_get_full_fp32_param(parameter)
         return parameter if full is None else full
 
