@@ -32,6 +32,25 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of forward and backward; master weights and optimizer stay in float32. `auto` takes bfloat16
     on devices that have instructions for it."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers and compute the rest again in the backward pass: less
+    memory, a third more work. The result is the same."""
+    compile: bool = False
+    """Run the layers through torch.compile; needs g++ on the workers' nodes."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Kernel for rows whose documents do not see each other: `sdpa` computes all of a row and masks
+    it; `flex` (torch.nn.attention.flex_attention, compiled; trains on GPUs only) leaves out blocks
+    of 128 x 128 without a pair. `auto` takes flex on GPUs for rows of 1,024 tokens and more. Other
+    rows take sdpa without a mask, always."""
+
+    @model_validator(mode="after")
+    def _zero3_does_not_compile(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile=true does not go with zero_stage=3, which gathers weights inside the "
+                "layers: set compile=false, or a lower zero_stage"
+            )
+        return self
 
     @model_validator(mode="after")
     def _zero_needs_deepspeed(self) -> Self:

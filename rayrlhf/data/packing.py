@@ -11,6 +11,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+STRETCH = 1.5
+"""Longest row over longest sequence. On the built-in demonstrations, 32 a step, padding is 13% of
+the tokens at 1, 3% at 1.5 and at 2; a row's masked attention costs the square of its length."""
+
 
 def pack(
     documents: Iterable[npt.ArrayLike], row_length: int, eos_id: int
@@ -106,6 +110,30 @@ def pack_whole(lengths: Sequence[int], row_length: int | None = None) -> list[li
         rows[row].append(position)
         room[row] -= length
     return rows
+
+
+def pack_tight(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Put sequences, whole, into rows as long as pads least; return their positions.
+
+    Rows that are as long as the longest sequence end in gaps too short for any other. So up to
+    STRETCH times that are tried, within the budget: the padding is that of rows cut to the fullest
+    of them. Of equals the shorter rows win, whose attention costs less.
+    """
+    longest = max(lengths, default=0)
+    most = max(longest, min(round(STRETCH * longest), tokens_per_microbatch))
+    lengths_tried = sorted({longest + (most - longest) * i // 15 for i in range(16)})
+
+    def padded(rows: list[list[int]]) -> int:
+        return len(rows) * max((sum(lengths[i] for i in row) for row in rows), default=0)
+
+    # min keeps the first of equals.
+    return min((pack_whole(lengths, length) for length in lengths_tried), key=padded)
+
+
+def even_parts(count: int, largest: int) -> list[range]:
+    """Cut `count` items into the fewest parts of at most `largest`, of sizes that differ by 1."""
+    num = -(-count // largest)
+    return [range(count * i // num, count * (i + 1) // num) for i in range(num)]
 
 
 def within_budget(tokens: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:

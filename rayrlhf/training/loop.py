@@ -24,7 +24,9 @@ from rayrlhf.data.datasets import batch_indices, shard
 from rayrlhf.metrics import MetricsLogger
 from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
+from rayrlhf.training.flops import model_size
 from rayrlhf.training.stage import Stage, add, padded
+from rayrlhf.training.utilization import Meter
 
 
 def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
@@ -90,7 +92,9 @@ def run(stage: Stage, device: torch.device) -> None:
     start = checkpoint.step_of(newest) if newest is not None else 0
     module = stage.build(newest)
     module.train()
+    size = model_size(module)  # while the weights are whole
     backend = make_backend(module, cfg, total_steps=total, device=device)
+    meter = Meter(size, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
     log = (
@@ -106,6 +110,7 @@ def run(stage: Stage, device: torch.device) -> None:
         micros, waited = ahead.take(step)
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
         metrics = train_step(stage, backend, step, micros)
+        metrics |= meter.metrics(micros, metrics["time/step_s"])
         metrics["time/data_wait_s"] = backend.global_max(waited)
         if step == total or _due(step, cfg.eval_every):
             metrics |= stage.evaluate(backend)

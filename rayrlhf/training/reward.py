@@ -25,7 +25,7 @@ from rayrlhf.data.datasets import (
     shard,
 )
 from rayrlhf.data.encoded import Encoded, token_counts
-from rayrlhf.data.packing import microbatches, pack_whole, within_budget
+from rayrlhf.data.packing import microbatches, pack_tight, within_budget
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.loop import train_stage
@@ -50,6 +50,10 @@ class ComparisonBatch(MicroBatch):
     """(N,) int64, 1 = best of its comparison"""
     groups: Tensor
     """(N,) int64, which comparison a response belongs to"""
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.ends)
 
 
 class RewardStage(Stage):
@@ -101,7 +105,7 @@ class RewardStage(Stage):
             for group, comparison in enumerate(comparisons)
             for ids, rank in zip(comparison.ids, comparison.ranks, strict=True)
         ]
-        rows = pack_whole([len(ids) for ids, _, _ in responses])
+        rows = pack_tight([len(ids) for ids, _, _ in responses], self.cfg.tokens_per_microbatch)
         texts = [[responses[index][0] for index in row] for row in rows]
         input_ids = lay_out(texts, self.tokenizer.pad_token_id)  # (b, S)
         ends = [

@@ -15,7 +15,7 @@ from rayrlhf.data.datasets import (
     shard,
 )
 from rayrlhf.data.encoded import token_counts
-from rayrlhf.data.packing import pack_whole
+from rayrlhf.data.packing import even_parts, pack_tight
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.language_model import LanguageModelStage, TextBatch
@@ -64,13 +64,12 @@ class SFTStage(LanguageModelStage):
 
     def _cut(self, examples: Sequence[Example]) -> list[TextBatch]:
         lengths = [len(example.ids) for example in examples]
-        rows = pack_whole(lengths)
-        num_rows = max(1, self.cfg.tokens_per_microbatch // max(lengths, default=1))
+        budget = self.cfg.tokens_per_microbatch
+        rows = pack_tight(lengths, budget)
+        width = max((sum(lengths[index] for index in row) for row in rows), default=1)
         return [
-            self._batch(
-                [[examples[index] for index in row] for row in rows[start : start + num_rows]]
-            )
-            for start in range(0, len(rows), num_rows)
+            self._batch([[examples[index] for index in rows[number]] for number in part])
+            for part in even_parts(len(rows), max(1, budget // width))
         ]
 
     def _batch(self, rows: Sequence[Sequence[Example]]) -> TextBatch:

@@ -34,6 +34,11 @@ class MicroBatch:
     num_tokens: int
     """Tokens without padding."""
 
+    @property
+    def num_outputs(self) -> int:
+        """How many tokens the output layer is asked for."""
+        return round(self.count)
+
     def to(self, device: torch.device) -> Self:
         """Return a copy on `device`."""
         if device.type == "cpu":

@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.data.packing import (
+    STRETCH,
+    even_parts,
     microbatches,
     pack,
     pack_best_fit,
+    pack_tight,
     pack_whole,
     within_budget,
 )
@@ -100,3 +103,39 @@ def test_whole_sequences_occur_once_and_fit(lengths: list[int], row_length: int)
     for row in rows:
         assert len(row) == 1 or sum(lengths[i] for i in row) <= row_length
     assert within_budget(lengths, row_length) == rows
+
+
+def test_tight_rows_by_hand() -> None:
+    # In rows of 4, each 3 has a gap: 4 rows, 16 tokens. In rows of 6 there is 4, and 3 + 3: 12.
+    assert pack_whole([3, 3, 3, 4]) == [[3], [0], [1], [2]]
+    assert pack_tight([3, 3, 3, 3, 4, 2], 100) == [[4, 5], [0, 1], [2, 3]]
+    assert pack_tight([3, 3, 3, 3, 4, 2], 4) == pack_whole([3, 3, 3, 3, 4, 2])  # the budget
+    assert pack_tight([5, 5], 100) == [[0], [1]]
+    assert pack_tight([], 100) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 100))
+def test_tight_rows_hold_everything_once_and_pad_no_more(lengths: list[int], budget: int) -> None:
+    rows, plain = pack_tight(lengths, budget), pack_whole(lengths)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    assert width <= max(max(lengths), min(budget, round(STRETCH * max(lengths))))
+    assert len(rows) * width <= len(plain) * max(lengths)
+
+
+def test_tight_rows_waste_little() -> None:
+    rng = np.random.default_rng(0)
+    tokens = padded = 0
+    for _ in range(20):
+        lengths = [int(n) for n in rng.lognormal(3.2, 0.5, 32).clip(5, 90)]
+        rows = pack_tight(lengths, 1024)
+        tokens += sum(lengths)
+        padded += len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+    assert 1 - tokens / padded < 0.05
+
+
+def test_even_parts_by_hand() -> None:
+    assert even_parts(23, 21) == [range(11), range(11, 23)]
+    assert even_parts(4, 2) == [range(2), range(2, 4)]
+    assert even_parts(0, 3) == []

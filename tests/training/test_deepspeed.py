@@ -18,6 +18,11 @@ pytestmark = pytest.mark.slow
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "zero3-checkpointing": {
+        "backend": "deepspeed",
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+    },
     **{f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in range(4)},
     **{
         f"zero{stage}-bfloat16": {

@@ -33,7 +33,7 @@ def comparable(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
         {
             key: value
             for key, value in line.items()
-            if key not in ("time", "tokens_per_s") and not key.startswith("time/")
+            if key not in ("time", "tokens_per_s") and not key.startswith(("time/", "perf/"))
         }
         for line in read_jsonl(folder / f"{name}.jsonl")
     ]
@@ -136,6 +136,13 @@ def test_metrics_of_a_step(make_recipe: MakeRecipe) -> None:
             "skipped_steps",
         } <= set(line)
         assert line["tokens"] == 4 * 16
+        # By hand: 4 rows of 16 tokens, each of which sees itself and those before; 15 have a loss.
+        layer = 4 * 16 * 16 + 3 * 16 * 32
+        flops = 6 * layer * 64 + 12 * 16 * 4 * 136 + 6 * len(stage.tokenizer) * 16 * 60
+        rate = line["perf/matmul_tflops"] * 1e12
+        assert line["perf/mfu"] == pytest.approx(flops / line["time/step_s"] / rate)
+        assert 0 < line["perf/mfu"] < 1
+        assert 0.1 < line["perf/peak_memory_gib"] < 64
     assert lines[-1]["epoch"] == pytest.approx(6 * 4 / 19)
     assert "eval/loss.books" in lines[2] and "eval/loss" in lines[-1]
     assert lines[-1]["loss"] < lines[0]["loss"]

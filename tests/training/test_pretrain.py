@@ -22,7 +22,8 @@ def stage_of(recipe: Recipe) -> PretrainStage:
 def losses(stage: PretrainStage, rows: torch.Tensor) -> torch.Tensor:
     """Return the negative log-probs (n, T), 0 where there is no loss."""
     micro = stage._batch(rows)
-    backend = make_backend(stage.build(None).eval(), stage.cfg, total_steps=1, device="cpu")
+    device = torch.device("cpu")
+    backend = make_backend(stage.build(None).eval(), stage.cfg, total_steps=1, device=device)
     with torch.no_grad():
         log_probs = backend(micro.input_ids, micro.attention_mask, positions=micro.loss_mask)
     return torch.where(micro.loss_mask, -log_probs, 0.0)

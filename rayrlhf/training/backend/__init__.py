@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rayrlhf.config import TrainingConfig
+from rayrlhf.models.execution import huggingface_model, set_execution
 from rayrlhf.training.backend.ddp import DDPBackend
 from rayrlhf.training.backend.deepspeed import DeepSpeedBackend
 from rayrlhf.training.backend.interface import Backend
@@ -39,7 +40,17 @@ def make_backend(
 ) -> Backend:
     """Return `module` ready to train under cfg.backend, on `device`.
 
-    torch.distributed is initialised before, except where one process trains alone.
+    torch.distributed is initialised before, except where one process trains alone. Raises
+    RecipeError when the model or the machine cannot run as `cfg` says.
     """
+    model = huggingface_model(module)
+    if model is not None:
+        set_execution(
+            model,
+            attention=cfg.attention,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            compile=cfg.compile,
+            device=device,
+        )
     kind = DeepSpeedBackend if cfg.backend == "deepspeed" else DDPBackend
     return kind(module, cfg, total_steps, device)
