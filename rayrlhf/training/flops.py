@@ -18,45 +18,41 @@ from rayrlhf.models.execution import huggingface_model
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """What the FLOPs of a model follow from."""
+class ModelFlops:
+    """What a forward and backward pass of a model takes; a product and its addition are 2."""
 
-    matmul_parameters: int
-    """Entries of the matrices of the trunk: each takes part in one product per token."""
-    head_parameters: int
-    """Entries of the output layer: those, for every token that it is asked for."""
-    attention_size: int
-    """Heads times head size, summed over the layers: products of one query with one key."""
+    per_token: int
+    """Of the matrices of all layers: 6 for each entry, 4 where it is frozen."""
+    per_pair: int
+    """Of a token and one that it attends to, itself included, in all layers."""
+    per_output: int
+    """Of the output layer, for a token that it is asked for."""
+
+    def total(self, *, num_tokens: int, num_pairs: int, num_outputs: int) -> int:
+        """Return the FLOPs of so many tokens, pairs and outputs."""
+        return (
+            self.per_token * num_tokens + self.per_pair * num_pairs + self.per_output * num_outputs
+        )
 
 
-def model_size(module: nn.Module) -> ModelSize:
+def model_flops(module: nn.Module) -> ModelFlops:
     """Measure the HF model in `module`, whose weights are whole: before a backend shards them."""
     hf = huggingface_model(module)
     assert hf is not None
-    trunk = [m for m in hf.base_model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    per_token = 0
+    for layer in hf.base_model.modules():
+        # The sizes are not read off the weight, which quantization packs.
+        if isinstance(layer, nn.Linear):
+            per_token += _per_entry(layer.weight) * layer.in_features * layer.out_features
+        elif isinstance(layer, Conv1D):
+            per_token += _per_entry(layer.weight) * layer.nx * layer.nf
     within = {id(parameter) for parameter in hf.base_model.parameters()}
     outside = [p for p in hf.parameters() if p.ndim == 2 and id(p) not in within]
-    tied = hf.get_input_embeddings().weight
-    return ModelSize(
-        matmul_parameters=sum(m.weight.numel() for m in trunk),
-        head_parameters=sum(p.numel() for p in outside) or tied.numel(),
-        attention_size=hf.config.num_hidden_layers * _attention_width(hf.config),
-    )
-
-
-def training_flops(
-    size: ModelSize, *, num_tokens: float, num_pairs: float, num_outputs: float
-) -> float:
-    """Return the FLOPs of a forward and backward pass.
-
-    A product of two numbers and its addition are 2; backward takes twice what forward takes.
-    `num_pairs` are those of a token and a token that it attends to, itself included;
-    `num_outputs` are the tokens that the output layer is asked for.
-    """
-    return (
-        6.0 * size.matmul_parameters * num_tokens
-        + 12.0 * size.attention_size * num_pairs
-        + 6.0 * size.head_parameters * num_outputs
+    head = outside or [hf.get_input_embeddings().weight]  # tied
+    return ModelFlops(
+        per_token,
+        12 * hf.config.num_hidden_layers * _attention_width(hf.config),
+        sum(_per_entry(weight) * weight.numel() for weight in head),
     )
 
 
@@ -69,6 +65,11 @@ def attended_pairs(attention_mask: Tensor) -> int:
     changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
     begins = torch.where(changes, columns, 0).cummax(dim=1).values  # (b, S) of the own document
     return int(((columns - begins + 1) * (attention_mask > 0)).sum())
+
+
+def _per_entry(weight: Tensor) -> int:
+    """Return the FLOPs of an entry: forward, for the input's gradient, and for its own."""
+    return 6 if weight.requires_grad else 4
 
 
 def _attention_width(config: PreTrainedConfig) -> int:

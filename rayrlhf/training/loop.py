@@ -24,7 +24,7 @@ from rayrlhf.data.datasets import batch_indices, shard
 from rayrlhf.metrics import MetricsLogger
 from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
-from rayrlhf.training.flops import model_size
+from rayrlhf.training.flops import model_flops
 from rayrlhf.training.stage import Stage, add, padded
 from rayrlhf.training.utilization import Meter
 
@@ -92,9 +92,9 @@ def run(stage: Stage, device: torch.device) -> None:
     start = checkpoint.step_of(newest) if newest is not None else 0
     module = stage.build(newest)
     module.train()
-    size = model_size(module)  # while the weights are whole
+    flops = model_flops(module)  # while the weights are whole
     backend = make_backend(module, cfg, total_steps=total, device=device)
-    meter = Meter(size, backend)
+    meter = Meter(flops, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
     log = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from rayrlhf.training.backend import Backend, forward_precision
-from rayrlhf.training.flops import ModelSize, attended_pairs, training_flops
+from rayrlhf.training.flops import ModelFlops, attended_pairs
 from rayrlhf.training.stage import MicroBatch
 
 MEASURE_S = 0.2
@@ -18,9 +18,9 @@ MEASURE_S = 0.2
 class Meter:
     """Counts what a step computes, and measures once, on all ranks together, what they could."""
 
-    def __init__(self, size: ModelSize, backend: Backend) -> None:
+    def __init__(self, flops: ModelFlops, backend: Backend) -> None:
         """Measure; every rank calls it."""
-        self._size, self._backend = size, backend
+        self._flops, self._backend = flops, backend
         is_float32 = forward_precision(backend.cfg, backend.device) == "float32"
         dtype = torch.float32 if is_float32 else torch.bfloat16
         self._rate = backend.global_sum(matmul_rate(backend.device, dtype))
@@ -28,8 +28,7 @@ class Meter:
     def metrics(self, micros: Iterable[MicroBatch], seconds: float) -> dict[str, float]:
         """Return `perf/...` of a step over this rank's micro-batches; every rank calls it."""
         flops = sum(
-            training_flops(
-                self._size,
+            self._flops.total(
                 num_tokens=micro.num_tokens,
                 num_pairs=attended_pairs(micro.attention_mask),
                 num_outputs=micro.num_outputs,

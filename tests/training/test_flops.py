@@ -15,7 +15,7 @@ from transformers import (
 
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.training.flops import ModelSize, attended_pairs, model_size, training_flops
+from rayrlhf.training.flops import ModelFlops, attended_pairs, model_flops
 
 LLAMA = LlamaConfig(
     vocab_size=50,
@@ -36,17 +36,25 @@ def test_size_by_hand() -> None:
     tied = LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
     # q: 4 heads, k and v: 2 heads, o; three matrices of the MLP.
     layer = 16 * (32 + 16 + 16) + 32 * 16 + 3 * 16 * 24
-    wanted = ModelSize(2 * layer, 50 * 16, 2 * 32)
-    assert model_size(LlamaForCausalLM(LLAMA)) == wanted
-    assert model_size(CausalLMModel(LlamaForCausalLM(tied))) == wanted
+    wanted = ModelFlops(6 * 2 * layer, 12 * 2 * 32, 6 * 50 * 16)
+    assert model_flops(LlamaForCausalLM(LLAMA)) == wanted
+    assert model_flops(CausalLMModel(LlamaForCausalLM(tied))) == wanted
     scored = LlamaForSequenceClassification(LlamaConfig(**{**LLAMA.to_dict(), "num_labels": 1}))
-    assert model_size(ScalarHeadModel(scored)) == ModelSize(2 * layer, 16, 2 * 32)
-    assert model_size(GPT2LMHeadModel(GPT2)) == ModelSize(2 * 12 * 16 * 16, 50 * 16, 2 * 16)
+    assert model_flops(ScalarHeadModel(scored)) == ModelFlops(12 * layer, 24 * 32, 6 * 16)
+    assert model_flops(GPT2LMHeadModel(GPT2)) == ModelFlops(6 * 24 * 256, 24 * 16, 6 * 800)
 
 
-def test_flops_by_hand() -> None:
-    size = ModelSize(matmul_parameters=100, head_parameters=10, attention_size=7)
-    assert training_flops(size, num_tokens=5, num_pairs=15, num_outputs=2) == 3000 + 1260 + 120
+def test_frozen_matrices_have_no_gradient_of_their_own() -> None:
+    model = LlamaForCausalLM(LLAMA)
+    whole = model_flops(model)
+    model.requires_grad_(False)
+    frozen = ModelFlops(whole.per_token * 4 // 6, whole.per_pair, whole.per_output * 4 // 6)
+    assert model_flops(model) == frozen
+
+
+def test_total_by_hand() -> None:
+    flops = ModelFlops(per_token=100, per_pair=7, per_output=10)
+    assert flops.total(num_tokens=5, num_pairs=15, num_outputs=2) == 500 + 105 + 20
 
 
 def test_pairs_by_hand() -> None:
@@ -64,7 +72,5 @@ def test_flops_are_those_that_torch_counts(model: PreTrainedModel) -> None:
         logits = model(input_ids=ids, use_cache=False).logits
         nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     # Eager attention computes all s * s pairs of a row, masked or not.
-    counted = training_flops(
-        model_size(model), num_tokens=b * s, num_pairs=b * s * s, num_outputs=b * s
-    )
+    counted = model_flops(model).total(num_tokens=b * s, num_pairs=b * s * s, num_outputs=b * s)
     assert counter.get_total_flops() == counted
