@@ -99,6 +99,8 @@ class Recipe(Section):
             self._rows_fit(self.corpus)
         if self.ppo is not None:
             self._ppo_fits(self.ppo)
+        if self.resources.sequence_parallel > 1:
+            self._sequences_split()
         return self
 
     def _rows_fit(self, corpus: CorpusConfig) -> None:
@@ -107,6 +109,22 @@ class Recipe(Section):
                 f"corpus.row_length={corpus.row_length} is longer than "
                 f"model.max_length={self.model.max_length}: set both to the same value"
             )
+
+    def _sequences_split(self) -> None:
+        if self.pretrain is not None and (self.model.path or self.pretrain.init) is None:
+            self.resources.check_heads(self.model.num_heads, self.model.num_kv_heads)
+        ranks = self.resources.sequence_parallel
+        for stage in (self.pretrain, self.sft, self.reward):
+            if stage is not None and stage.compile:
+                raise ValueError(
+                    f"compile=true does not go with resources.sequence_parallel={ranks}, whose "
+                    "attention exchanges tokens between ranks: set compile=false"
+                )
+            if stage is not None and stage.attention == "flex":
+                raise ValueError(
+                    f"attention=flex does not go with resources.sequence_parallel={ranks}, which "
+                    "computes each document by itself: set attention=auto"
+                )
 
     def _ppo_fits(self, ppo: PPOConfig) -> None:
         if ppo.ptx_coef > 0 and self.corpus is None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.section import NonNegative, Positive, PositiveFloat, Section
+from rayrlhf.config.section import NonNegative, Positive, PositiveFloat, RecipeError, Section
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
@@ -35,6 +35,9 @@ class ResourcesConfig(Section):
     """GPUs of each Ray Train worker, at most 1: more ranks use more GPUs."""
     num_threads: Positive = 1
     """Threads of torch in each Ray Train worker."""
+    sequence_parallel: Positive = 1
+    """Ray Train workers that share each sequence (DeepSpeed Ulysses, arXiv:2309.14509): activations
+    take 1/n of the memory. Divides num_workers and the heads of the model."""
     actor: RoleResources = RoleResources()
     critic: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()
@@ -67,7 +70,29 @@ class ResourcesConfig(Section):
                 f"resources.gpus_per_worker={self.gpus_per_worker:g}: a worker computes on one "
                 "GPU: set resources.gpus_per_worker=1 and raise resources.num_workers"
             )
+        if self.num_workers % self.sequence_parallel:
+            raise ValueError(
+                f"resources.num_workers={self.num_workers} does not divide into groups of "
+                f"resources.sequence_parallel={self.sequence_parallel} workers that share a "
+                "sequence: change one of the two"
+            )
         return self
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """Raise RecipeError unless a model's attention can be split over `sequence_parallel`."""
+        ranks = self.sequence_parallel
+        if num_heads % ranks:
+            raise RecipeError(
+                f"resources.sequence_parallel={ranks}, but the model has {num_heads} attention "
+                f"heads, which do not divide into as many parts: set it to one of "
+                f"{_divisors(num_heads)}"
+            )
+        if num_kv_heads % ranks and ranks % num_kv_heads:
+            raise RecipeError(
+                f"resources.sequence_parallel={ranks}, but the model has {num_kv_heads} key-value "
+                f"heads: of the two numbers one must be a multiple of the other: set it to one of "
+                f"{_divisors(num_kv_heads)}"
+            )
 
     def role(self, role: Role) -> RoleResources:
         """Return what `role` gets."""
@@ -91,6 +116,10 @@ class ResourcesConfig(Section):
         if stage in TRAINED_STAGES:
             return [{"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}] * self.num_workers
         return [{"CPU": 1.0}]
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def _whole_beyond_one(key: str, gpus: float) -> None:

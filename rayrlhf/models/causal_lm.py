@@ -38,6 +38,7 @@ from rayrlhf.models.folder import (
     run_trunk,
     save_folder,
 )
+from rayrlhf.models.sequence import WHOLE, WholeSequence
 
 INIT_STD = 0.02
 """Of every matrix (GPT-2)."""
@@ -60,6 +61,7 @@ class CausalLMModel(nn.Module):
             )
         hf.set_output_embeddings(_Head(hf.get_output_embeddings()))
         self.hf = hf
+        self.sequence = WHOLE
 
     @classmethod
     def from_pretrained(
@@ -99,7 +101,13 @@ class CausalLMModel(nn.Module):
     ) -> Any:
         """Return the log-probs, or with_entropy (log-probs, entropies); see `token_log_probs`."""
         log_probs, entropies = _token_statistics(
-            self.hf, input_ids, attention_mask, positions, temperature, with_entropy
+            self.hf,
+            self.sequence,
+            input_ids,
+            attention_mask,
+            positions,
+            temperature=temperature,
+            with_entropy=with_entropy,
         )
         return (log_probs, entropies) if with_entropy else log_probs
 
@@ -187,7 +195,9 @@ def token_log_probs(
     - bool (b, S): those, of the above; result (b, S), 0 elsewhere;
     - int64 (b, T): columns of tokens, from 1 on; result (b, T). Repeated ones cost nothing.
     """
-    return _token_statistics(model, input_ids, attention_mask, positions, temperature, False)[0]
+    return _token_statistics(
+        model, WHOLE, input_ids, attention_mask, positions, temperature=temperature
+    )[0]
 
 
 def named_weights(
@@ -203,26 +213,33 @@ def named_weights(
 
 def _token_statistics(
     model: PreTrainedModel,
+    sequence: WholeSequence,
     input_ids: Tensor,
     attention_mask: Tensor,
     positions: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies (0 unless asked for), shaped as `positions` says."""
-    hidden = run_trunk(model, input_ids, attention_mask)  # (b, S, d)
-    places = _places(attention_mask, positions).flatten().nonzero().squeeze(1)  # (n,) in (b * S)
+    """Return log-probs and entropies (0 unless asked for), shaped as `positions` says.
+
+    A token is computed where the token before it is, which may be on another rank than its own.
+    `options` are the head's temperature and with_entropy.
+    """
+    hidden = run_trunk(model, input_ids, attention_mask, sequence)  # (b, S', d)
+    wanted = _places(attention_mask, positions)  # (b, S)
+    wanted = sequence.own(F.pad(wanted[:, 1:], (0, 1)))  # (b, S') of the token after each
+    following = sequence.own(F.pad(input_ids[:, 1:], (0, 1)))  # (b, S')
+    places = wanted.flatten().nonzero().squeeze(1)  # (n,) in (b * S')
     # index_select: its backward adds whole rows, a boolean index adds element by element.
-    states = hidden.flatten(0, 1).index_select(0, places - 1)  # (n, d) before each token
-    tokens = input_ids.flatten()[places]
+    states = hidden.flatten(0, 1).index_select(0, places)  # (n, d) before each token
+    tokens = following.flatten()[places]
     head = model.get_output_embeddings()
     if not isinstance(head, _Head):
         head = _Head(head)
-    log_probs, entropies = head(states, tokens, temperature, with_entropy)
+    log_probs, entropies = head(states, tokens, **options)
 
     def spread(flat: Tensor) -> Tensor:
-        padded = flat.new_zeros(input_ids.numel()).index_copy(0, places, flat)
-        padded = padded.view_as(input_ids)  # (b, S)
+        parts = flat.new_zeros(wanted.numel()).index_copy(0, places, flat).view_as(wanted)
+        padded = F.pad(sequence.join(parts, input_ids.shape[1])[:, :-1], (1, 0))  # (b, S)
         if positions is None or positions.dtype == torch.bool:
             return padded
         return padded.gather(1, positions)  # (b, T)

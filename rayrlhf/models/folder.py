@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from rayrlhf.config import RecipeError
 from rayrlhf.models import lora
+from rayrlhf.models.sequence import WHOLE, WholeSequence
 
 PREFIX = "hf."
 """Of the parameter names in both wrappers of this package, which hold the HF model as `.hf`."""
@@ -104,8 +105,13 @@ def add_residual_dropout(model: PreTrainedModel, dropout: float) -> None:
         module.register_forward_hook(drop)
 
 
-def run_trunk(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the hidden states (b, S, d) after the last norm.
+def run_trunk(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    sequence: WholeSequence = WHOLE,
+) -> Tensor:
+    """Return the hidden states after the last norm: (b, S, d), or this rank's part of them.
 
     `attention_mask` (b, S) is 0 on padding, at either end, and 1 on tokens; in a packed row it
     numbers the documents 1, 2, ..., which then do not see each other. Position ids count from 0
@@ -118,9 +124,7 @@ def run_trunk(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor)
         columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         starts = F.pad(current != previous, (1, 0), value=True)  # (b, S)
         position_ids = columns - torch.where(starts, columns, 0).cummax(dim=1).values
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    return sequence.trunk(model, input_ids, position_ids)
 
 
 def checkpoint_weights(

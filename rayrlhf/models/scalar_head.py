@@ -28,6 +28,7 @@ from rayrlhf.models.folder import (
     run_trunk,
     save_folder,
 )
+from rayrlhf.models.sequence import WHOLE
 
 
 class ScalarHeadModel(nn.Module):
@@ -41,6 +42,7 @@ class ScalarHeadModel(nn.Module):
         self.hf = hf
         self.hf.score = _Float32Head(hf.score.weight)
         self.shift = shift
+        self.sequence = WHOLE
 
     @classmethod
     def to_finetune(
@@ -117,9 +119,9 @@ class ScalarHeadModel(nn.Module):
         `attention_mask` (b, S) is 1 on tokens and 0 on padding, at either end, where the result
         means nothing.
         """
-        hidden = run_trunk(self.hf, input_ids, attention_mask)  # (b, S, d)
+        hidden = run_trunk(self.hf, input_ids, attention_mask, self.sequence)  # (b, S', d)
         values: Tensor = self.hf.score(hidden).squeeze(-1) - self.shift
-        return values
+        return self.sequence.join(values, input_ids.shape[1])
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None

@@ -76,11 +76,13 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
 
 def derived_numbers(stage: Stage) -> str:
     """Return the line on what follows from a stage's batch size and its data."""
-    cfg, ranks = stage.cfg, stage.recipe.resources.num_workers
+    cfg, resources = stage.cfg, stage.recipe.resources
+    ranks = resources.num_workers // resources.sequence_parallel
+    each = "rank" if resources.sequence_parallel == 1 else f"{resources.sequence_parallel} ranks"
     unit = "prompts" if stage.name == "reward" else "sequences"
     return (
         f"{stage.name:>9} {stage.num_records} records, {stage.total_steps} steps of "
-        f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per rank on {ranks}, "
+        f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per {each} on {ranks}, "
         f"micro-batches of up to {cfg.tokens_per_microbatch} tokens"
     )
 
@@ -93,7 +95,13 @@ def run(stage: Stage, device: torch.device) -> None:
     module = stage.build(newest)
     module.train()
     flops = model_flops(module)  # while the weights are whole
-    backend = make_backend(module, cfg, total_steps=total, device=device)
+    backend = make_backend(
+        module,
+        cfg,
+        total_steps=total,
+        device=device,
+        sequence_parallel=stage.recipe.resources.sequence_parallel,
+    )
     meter = Meter(flops, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
@@ -105,7 +113,7 @@ def run(stage: Stage, device: torch.device) -> None:
         else None
     )
 
-    ahead = Prefetch(stage, backend.rank, backend.world_size)
+    ahead = Prefetch(stage, backend.data_rank, backend.data_size)
     for step in range(start + 1, total + 1):
         micros, waited = ahead.take(step)
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))

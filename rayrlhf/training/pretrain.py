@@ -15,9 +15,9 @@ from rayrlhf.data import builtin
 from rayrlhf.data.datasets import shard
 from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows, check_shards, read_manifest
-from rayrlhf.data.tokenizer import check_vocabulary, encode_text
+from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
-from rayrlhf.models.folder import add_residual_dropout, load_config
+from rayrlhf.models.folder import add_residual_dropout
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.language_model import LanguageModelStage, TextBatch, continuations
 from rayrlhf.training.loop import train_stage
@@ -53,7 +53,7 @@ class PretrainStage(LanguageModelStage):
         self.start = self.cfg.init or recipe.model.path
         if self.start is not None:
             self.start = builtin.resolve(self.start)
-            check_vocabulary(self.tokenizer, load_config(self.start).vocab_size)
+            self.check_model(self.start)
 
     @property
     def cfg(self) -> PretrainConfig:
@@ -114,7 +114,7 @@ class PretrainStage(LanguageModelStage):
         metrics = {}
         total_loss = total_tokens = 0.0
         for name, rows in self.held_out.items():
-            mine = shard(range(len(rows)), backend.rank, backend.world_size)
+            mine = shard(range(len(rows)), backend.data_rank, backend.data_size)
             loss, tokens = self.mean_loss(backend, self._cut(rows, mine))
             if tokens:
                 metrics[f"eval/loss.{name}"] = loss / tokens

@@ -147,8 +147,8 @@ class RewardStage(Stage):
             return {}
         mine = shard(
             range(len(self.validation)),
-            backend.rank,
-            backend.world_size,
+            backend.data_rank,
+            backend.data_size,
             token_counts(self.validation),
         )
         micros = self._cut([self.validation[index] for index in mine])
@@ -166,7 +166,7 @@ class RewardStage(Stage):
     def mean_score(self, backend: Backend, examples: Sequence[Example]) -> float:
         """Return the mean score of demonstrations over all ranks; every rank calls it."""
         lengths = token_counts(examples)
-        mine = shard(range(len(examples)), backend.rank, backend.world_size, lengths)
+        mine = shard(range(len(examples)), backend.data_rank, backend.data_size, lengths)
         groups = microbatches([lengths[index] for index in mine], self.cfg.tokens_per_microbatch)
         wanted = int(backend.global_max(len(groups)))
         total = 0.0

@@ -90,8 +90,8 @@ class SFTStage(LanguageModelStage):
             return {}
         mine = shard(
             range(len(self.validation)),
-            backend.rank,
-            backend.world_size,
+            backend.data_rank,
+            backend.data_size,
             token_counts(self.validation),
         )
         micros = self._cut([self.validation[index] for index in mine])

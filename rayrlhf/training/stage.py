@@ -18,6 +18,7 @@ from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.models import lora
 from rayrlhf.models.folder import load_config
+from rayrlhf.models.sequence import check_splits
 from rayrlhf.training.backend import Backend
 
 
@@ -110,12 +111,18 @@ class Stage(ABC):
     def start_folder(self) -> str:
         """Return the folder of the model that the stage before left, or that the recipe names.
 
-        Raises RecipeError unless the tokenizer and the section's `lora` fit it.
+        Raises RecipeError unless the section's `lora` fits it, and see `check_model`.
         """
         folder = builtin.resolve(lineage.start_model(self.recipe, self.name))
-        check_vocabulary(self.tokenizer, load_config(folder).vocab_size)
+        self.check_model(folder)
         lora.check(folder, self.cfg)
         return folder
+
+    def check_model(self, folder: str) -> None:
+        """Raise RecipeError unless the tokenizer fits a model, and its attention the ranks."""
+        config = load_config(folder)
+        check_vocabulary(self.tokenizer, config.vocab_size)
+        check_splits(config, self.recipe.resources)
 
     def read_demonstrations(self, path: str) -> Encoded[Example]:
         """Return the demonstrations of a file as token ids; raises RecipeError."""

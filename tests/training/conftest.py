@@ -100,6 +100,7 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Calla
                     "num_kv_heads": 2,
                     "intermediate_size": 32,
                     "max_length": 32,
+                    **sections.get("model", {}),
                 },
                 "corpus": {
                     "row_length": ROW_LENGTH,

@@ -21,6 +21,7 @@ from rayrlhf.training.backend.deepspeed import DeepSpeedBackend
 from rayrlhf.training.backend.interface import Backend
 from rayrlhf.training.backend.optimizer import clip_gradients, learning_rate, make_optimizer
 from rayrlhf.training.backend.precision import forward_precision, has_bfloat16
+from rayrlhf.training.backend.ulysses import split_sequences
 
 __all__ = [
     "Backend",
@@ -36,11 +37,17 @@ __all__ = [
 
 
 def make_backend(
-    module: nn.Module, cfg: TrainingConfig, *, total_steps: int, device: torch.device
+    module: nn.Module,
+    cfg: TrainingConfig,
+    *,
+    total_steps: int,
+    device: torch.device,
+    sequence_parallel: int = 1,
 ) -> Backend:
     """Return `module` ready to train under cfg.backend, on `device`.
 
-    torch.distributed is initialised before, except where one process trains alone. Raises
+    torch.distributed is initialised before, except where one process trains alone. With
+    `sequence_parallel` as many neighbouring ranks share each row; see ulysses.py. Raises
     RecipeError when the model or the machine cannot run as `cfg` says.
     """
     model = huggingface_model(module)
@@ -52,5 +59,9 @@ def make_backend(
             compile=cfg.compile,
             device=device,
         )
+    if sequence_parallel > 1:
+        split_sequences(module, sequence_parallel, device)
     kind = DeepSpeedBackend if cfg.backend == "deepspeed" else DDPBackend
-    return kind(module, cfg, total_steps, device)
+    backend = kind(module, cfg, total_steps, device)
+    backend.sequence_parallel = sequence_parallel
+    return backend

@@ -30,7 +30,7 @@ class DeepSpeedBackend(Backend):
     def __init__(
         self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
     ) -> None:
-        _meet_deepspeed_needs(device)
+        meet_deepspeed_needs(device)
         import deepspeed
 
         super().__init__(module.to(device), cfg, total_steps, device)
@@ -156,7 +156,7 @@ def _deepspeed_config(cfg: TrainingConfig, precision: str, *, on_gpu: bool) -> d
     }
 
 
-def _meet_deepspeed_needs(device: torch.device) -> None:
+def meet_deepspeed_needs(device: torch.device) -> None:
     """Give DeepSpeed the environment and the process group that it insists on."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # On CPU it compiles its shared-memory collectives, with the ninja that stands beside Python.

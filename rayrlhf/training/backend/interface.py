@@ -29,9 +29,20 @@ class Backend(ABC):
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.sequence_parallel = 1
         self.num_steps = 0
         self.num_skipped = 0
         self._precision = forward_precision(cfg, device)
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the data is this rank's: ranks that share rows have the same."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts the data is shared out."""
+        return self.world_size // self.sequence_parallel
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -64,12 +75,16 @@ class Backend(ABC):
         return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": float(self.num_skipped)}
 
     def global_sums(self, values: Sequence[float]) -> list[float]:
-        """Return each value summed over the ranks (float64)."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        """Return each value summed over the parts of the data (float64).
+
+        Ranks that share rows have the same values, which count once.
+        """
+        sums = self._reduce(values, dist.ReduceOp.SUM)
+        return [each / self.sequence_parallel for each in sums]
 
     def global_sum(self, value: float) -> float:
-        """Return `value` summed over the ranks (float64)."""
-        return self._reduce([value], dist.ReduceOp.SUM)[0]
+        """Return `value` summed over the parts of the data (float64)."""
+        return self.global_sums([value])[0]
 
     def global_max(self, value: float) -> float:
         """Return the largest `value` of all ranks."""
