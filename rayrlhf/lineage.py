@@ -98,6 +98,9 @@ def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]
     for before in UPSTREAM[stage]:
         if before in recipe.stages and before in done:
             read[before] = done[before]["outputs"][OUTPUTS[before]]
+            if stage == "evaluate":
+                more = outputs_of(recipe, before)[1:]
+                read |= {name: done[before]["outputs"].get(name, "") for name in more}
     return read
 
 
@@ -106,7 +109,7 @@ def is_current(recipe: Recipe, stage: str, read: dict[str, str]) -> bool:
     entry = load(recipe).get(stage)
     if entry is None or entry["inputs"] != read:
         return False
-    if not all((recipe.path / name).exists() for name in outputs_of(stage)):
+    if not all((recipe.path / name).exists() for name in outputs_of(recipe, stage)):
         return False
     return bool(entry["outputs"] == _hash_outputs(recipe, stage))
 
@@ -125,9 +128,18 @@ def record(recipe: Recipe, stage: str, read: dict[str, str], seconds: float) -> 
     write_json(recipe.path / "lineage.json", entries)
 
 
-def outputs_of(stage: str) -> tuple[str, ...]:
+def outputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
     """Return what `stage` leaves in the run directory, the first of which later stages read."""
+    if stage == "reward":
+        return reward_models(recipe)
     return (OUTPUTS[stage], *MORE_OUTPUTS.get(stage, ()))
+
+
+def reward_models(recipe: Recipe) -> tuple[str, ...]:
+    """Return the folders of the reward models in the run directory, that of PPO first."""
+    num_members = 1 if recipe.reward is None else recipe.reward.num_members
+    members = [f"reward/members/{member:02d}/final" for member in range(1, num_members)]
+    return (OUTPUTS["reward"], *members)
 
 
 def load(recipe: Recipe) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def commit() -> str | None:
 
 
 def _hash_outputs(recipe: Recipe, stage: str) -> dict[str, str]:
-    return {name: hash_path(recipe.path / name) for name in outputs_of(stage)}
+    return {name: hash_path(recipe.path / name) for name in outputs_of(recipe, stage)}
 
 
 def _hash_json(value: Any) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -140,20 +140,25 @@ def tracked(recipe: Recipe, stage: str) -> Iterator[bool]:
     if stage == "ppo" and recipe.ppo is not None:
         console.say(derived_numbers(recipe.ppo, recipe))
     started = time.monotonic()
-    progress = (
-        console.Progress(stage, _interval(recipe, stage), SHOWN[stage]) if stage in SHOWN else None
-    )
-    if progress is None:
+    with _shown(recipe, stage):
         yield True
-    else:
-        try:
-            with metrics.follow(folder, progress.show):
-                yield True
-        finally:
-            progress.close()
     seconds = time.monotonic() - started
     lineage.record(recipe, stage, read, seconds)
     console.say(f"{stage:>9} done in {seconds:.0f} s: {recipe.path / lineage.OUTPUTS[stage]}")
+
+
+@contextmanager
+def _shown(recipe: Recipe, stage: str) -> Iterator[None]:
+    """Show the progress of a trained stage, of each of its models."""
+    with ExitStack() as stack:
+        for name in lineage.outputs_of(recipe, stage) if stage in SHOWN else ():
+            folder = recipe.path / Path(name).parent
+            progress = console.Progress(
+                ".".join((stage, *Path(name).parts[2:-1])), _interval(recipe, stage), SHOWN[stage]
+            )
+            stack.callback(progress.close)
+            stack.enter_context(metrics.follow(folder, progress.show))
+        yield
 
 
 def derived_numbers(cfg: PPOConfig, recipe: Recipe) -> str:

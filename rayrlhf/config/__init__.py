@@ -12,6 +12,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reading import load, parse
 from rayrlhf.config.recipe import HEAD_SIZES, STAGES, Recipe
 from rayrlhf.config.resources import ROLES, TRAINED_STAGES, ResourcesConfig, Role, RoleResources
+from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.section import (
     Fraction,
     NonNegative,
@@ -21,9 +22,9 @@ from rayrlhf.config.section import (
     Section,
 )
 from rayrlhf.config.training import (
+    EarlyStopping,
     LoraConfig,
     PretrainConfig,
-    RewardConfig,
     RoleTrainingConfig,
     SFTConfig,
     StageConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "STAGES",
     "TRAINED_STAGES",
     "CorpusConfig",
+    "EarlyStopping",
     "Edit",
     "EvaluateConfig",
     "Filter",

@@ -11,8 +11,9 @@ from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ResourcesConfig
+from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.section import Section
-from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
+from rayrlhf.config.training import PretrainConfig, SFTConfig
 
 STAGES = ("corpus", "pretrain", "sft", "reward", "ppo", "evaluate")
 # Attention of vLLM 0.32 on CPU has kernels for these sizes of a head only; GPUs have them all.

@@ -75,6 +75,13 @@ class LoraConfig(Section):
     """Names of linear modules, such as q_proj; None takes all those of the layers (QLoRA)."""
 
 
+class EarlyStopping(Section):
+    """Stop on held-out data; the best checkpoint becomes `final`."""
+
+    patience: Positive = 3
+    """Evaluations in a row without a better value than the best one, after which training ends."""
+
+
 class StageConfig(TrainingConfig):
     """A Ray Train stage: a training run with epochs, logging and checkpoints."""
 
@@ -95,12 +102,26 @@ class StageConfig(TrainingConfig):
     save_every: Positive = 100
     """Steps between checkpoints; a killed run loses at most this many steps of time."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints to keep; `final/` is always kept."""
+    """Newest checkpoints to keep; `final/` is always kept, and the best while training may go back
+    to it."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the metric on held-out data gets no better; None trains to the end."""
     lora: LoraConfig | None = None
     """Train adapters only, and the scalar head of a reward model; `{}` takes the defaults. They
     take a larger learning rate (QLoRA: 2e-4 up to 13B, 1e-4 beyond)."""
     quantization: Literal["none", "nf4"] = "none"
     """Of the frozen weights under `lora`: nf4 holds a weight in 4 bits (QLoRA)."""
+
+    @model_validator(mode="after")
+    def _early_stopping_measures(self) -> Self:
+        default = type(self).model_fields["early_stopping"].default
+        asked = self.early_stopping is not None and self.early_stopping != default
+        if asked and self.eval_every is None:
+            raise ValueError(
+                "early_stopping compares evaluations, but eval_every is empty: set eval_every, "
+                "for example to a tenth of the steps, or take early_stopping out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_frozen_weights_are_quantized(self) -> Self:
@@ -161,21 +182,14 @@ class SFTConfig(StageConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Residual dropout, InstructGPT section 3.5."""
 
-
-class RewardConfig(StageConfig):
-    """Reward model on ranked completions."""
-
-    train: str
-    """Comparisons: `prompt`, `responses` (K = 2 to 9), `ranks` (1 = best, ties allowed)."""
-    validation: str | None = None
-    demonstrations: str | None = None
-    """Records whose mean score is shifted to 0; None takes `sft.train`."""
-    batch_size: Positive = 64
-    """Prompts per step (InstructGPT appendix C.2)."""
-    learning_rate: PositiveFloat = 9e-6
-    """InstructGPT appendix C.2."""
-    epochs: PositiveFloat = 1
-    """More overfits (InstructGPT appendix C.2)."""
+    @model_validator(mode="after")
+    def _early_stopping_has_data(self) -> Self:
+        if self.early_stopping is not None and self.validation is None:
+            raise ValueError(
+                "early_stopping compares losses on held-out data, but validation is empty: set it, "
+                "or take early_stopping out"
+            )
+        return self
 
 
 class RoleTrainingConfig(TrainingConfig):

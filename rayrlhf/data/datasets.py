@@ -6,7 +6,7 @@ checkpoint would have to store.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -63,6 +63,10 @@ class Comparison:
     """Position of the record that it comes from."""
     kept: list[int]
     """Positions of the responses within the record (those that are too long are left out)."""
+    ratings: list[float] = field(default_factory=list)
+    """Per response: its mean rating, higher is better; [] where the record has none."""
+    single_ratings: list[list[float]] = field(default_factory=list)
+    """Per response: the rating of each person; [] where the record has none."""
 
 
 def encode_demonstrations(
@@ -127,7 +131,15 @@ def encode_comparison(
     kept = [k for k, sequence in enumerate(ids) if len(sequence) <= max_length]
     if len(kept) < 2:
         return None
-    return Comparison([ids[k] for k in kept], [record["ranks"][k] for k in kept], index, kept)
+    ratings, single = record.get("ratings"), record.get("single_ratings")
+    return Comparison(
+        [ids[k] for k in kept],
+        [record["ranks"][k] for k in kept],
+        index,
+        kept,
+        [] if ratings is None else [float(ratings[k]) for k in kept],
+        [] if single is None else [[float(value) for value in single[k]] for k in kept],
+    )
 
 
 def encode_prompts(

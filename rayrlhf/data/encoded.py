@@ -10,7 +10,7 @@ neither the records nor their ids pass through the driver.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,8 @@ _SCHEMA = pa.schema(
         ("mask", pa.list_(pa.int8())),
         ("ranks", pa.list_(pa.int32())),
         ("kept", pa.list_(pa.int32())),
+        ("ratings", pa.list_(pa.float64())),
+        ("single_ratings", pa.list_(pa.list_(pa.float64()))),
     ]
 )
 Item = TypeVar("Item")
@@ -111,13 +113,31 @@ def demonstrations(recipe: Recipe, path: str, max_length: int) -> Encoded[Exampl
     return Encoded(files, first, lambda row: Example(row["ids"][0], row["mask"], row["record"]))
 
 
-def comparisons(recipe: Recipe, path: str, max_length: int) -> Encoded[Comparison]:
-    """Return the comparisons of `path` that rank a response above another; raises RecipeError."""
-    files, first = _encode(recipe, path, "comparison", max_length)
+def comparisons(
+    recipe: Recipe,
+    path: str,
+    max_length: int,
+    *,
+    keep_ties: bool = False,
+    need_single_ratings: bool = False,
+) -> Encoded[Comparison]:
+    """Return the comparisons of `path`; raises RecipeError with file and line.
+
+    One that ranks no response above another is left out, unless `keep_ties`.
+    """
+    rules = {"keep_ties": keep_ties, "need_single_ratings": need_single_ratings}
+    files, first = _encode(recipe, path, "comparison", max_length, rules)
     return Encoded(
         files,
         first,
-        lambda row: Comparison(row["ids"], row["ranks"], row["record"], row["kept"]),
+        lambda row: Comparison(
+            row["ids"],
+            row["ranks"],
+            row["record"],
+            row["kept"],
+            row["ratings"],
+            row["single_ratings"],
+        ),
     )
 
 
@@ -127,7 +147,9 @@ def prompts(recipe: Recipe, path: str, max_prompt_tokens: int) -> Encoded[list[i
     return Encoded(files, first, lambda row: list(row["ids"][0]))
 
 
-def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[list[Path], list[int]]:
+def _encode(
+    recipe: Recipe, path: str, kind: Kind, max_length: int, more: Mapping[str, bool] | None = None
+) -> tuple[list[Path], list[int]]:
     """Encode what isn't yet; return the files and the number of each one's first record."""
     load_tokenizer(recipe)  # puts a named tokenizer into the run, or says that there is none
     tokenizer = (recipe.path / "tokenizer").resolve()
@@ -136,6 +158,7 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
     template = tokenizer / "chat_template.jinja"
     content += template.read_bytes() if template.exists() else b""
     plan = [_FORMAT, storage.fingerprint(path), hashlib.sha256(content).hexdigest(), max_length]
+    plan += [more or {}]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     folder = recipe.path.resolve() / ".encoded" / f"{kind}-{key}"
     done = folder / "account.json"
@@ -147,6 +170,7 @@ def _encode(recipe: Recipe, path: str, kind: Kind, max_length: int) -> tuple[lis
             "tokenizer": str(tokenizer),
             "kind": kind,
             "max_length": max_length,
+            **(more or {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         if sum(piece["file"][1] for piece in pieces if not piece["start"]) <= BYTES_IN_PLACE:
@@ -209,13 +233,18 @@ def _rows(
     """Yield rows of _SCHEMA and count; `record` counts from the piece's first."""
     for where, raw in inputs.read(file, span):
         record = records.check_exactly(file, where, raw, rules["kind"])
+        if rules.get("need_single_ratings") and record.get("single_ratings") is None:
+            raise RecipeError(
+                f"{inputs.exact_place(file, where)}: the record has no single_ratings, but "
+                "reward.raters=individual reads them: add them, or set reward.raters=mean"
+            )
         try:
             row = _row(record, tokenizer, rules["kind"], rules["max_length"])
         except RecipeError as error:
             raise RecipeError(f"{inputs.exact_place(file, where)}: {error}") from None
         if row is None:
             counts["too_long"] += 1
-        elif row["ranks"] and len(set(row["ranks"])) == 1:
+        elif row["ranks"] and len(set(row["ranks"])) == 1 and not rules["keep_ties"]:
             counts["no_pair"] += 1
         else:
             yield {"record": counts["records"], **row}
@@ -225,7 +254,7 @@ def _rows(
 def _row(
     record: Record, tokenizer: PreTrainedTokenizerFast, kind: Kind, max_length: int
 ) -> dict[str, Any] | None:
-    empty: dict[str, Any] = {"mask": [], "ranks": [], "kept": []}
+    empty: dict[str, Any] = {key: [] for key in _SCHEMA.names if key not in ("record", "ids")}
     if kind == "demonstration":
         example = encode_demonstration(record, tokenizer, max_length)
         if example is None:
@@ -235,7 +264,14 @@ def _row(
         ranked = encode_comparison(record, tokenizer, max_length)
         if ranked is None:
             return None
-        return {**empty, "ids": ranked.ids, "ranks": ranked.ranks, "kept": ranked.kept}
+        return {
+            **empty,
+            "ids": ranked.ids,
+            "ranks": ranked.ranks,
+            "kept": ranked.kept,
+            "ratings": ranked.ratings,
+            "single_ratings": ranked.single_ratings,
+        }
     ids = encode_prompt(record, tokenizer)
     return {**empty, "ids": [ids]} if len(ids) <= max_length else None
 

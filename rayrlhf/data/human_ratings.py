@@ -288,6 +288,7 @@ def _comparison(source: str, texts: Sequence[Snippet]) -> dict[str, Any]:
         "ranks": [1 + sum(other.mean > s.mean for other in texts) for s in texts],
         "ratings": [s.mean for s in texts],
         "text_ids": [s.id for s in texts],
+        "single_ratings": [list(s.ratings) for s in texts],
     }
 
 

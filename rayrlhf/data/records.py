@@ -4,6 +4,7 @@ Kinds: `document` (text), `demonstration` (prompt + response, or messages), `com
 responses, ranks; or chosen / rejected) and `prompt` (prompt, or messages). Extra columns are kept.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +113,35 @@ def _check_comparison(where: str, record: Record) -> Record:
             f"{where}: {len(ranks)} ranks for {len(responses)} responses: give every "
             "response one rank"
         )
+    _check_ratings(where, record, len(responses))
     return record
+
+
+def _check_ratings(where: str, record: Record, num_responses: int) -> None:
+    """Check the means and the single ratings of a comparison, where it has them."""
+    ratings, single = record.get("ratings"), record.get("single_ratings")
+    if ratings is not None and not _are_numbers(ratings, num_responses):
+        raise RecipeError(
+            f"{where}: ratings={_short(ratings)} must be one number for each of the "
+            f"{num_responses} responses: correct or remove the field"
+        )
+    if single is not None and not (
+        isinstance(single, list)
+        and len(single) == num_responses
+        and all(isinstance(one, list) and one and _are_numbers(one, len(one)) for one in single)
+    ):
+        raise RecipeError(
+            f"{where}: single_ratings={_short(single)} must be, for each of the {num_responses} "
+            "responses, a list with the number that each person gave: correct or remove the field"
+        )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    )
 
 
 _CHECKS: dict[Kind, Callable[[str, Record], Record]] = {

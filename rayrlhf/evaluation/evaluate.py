@@ -113,7 +113,8 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         written["sft"] = recipe.path / "sft" / "final"
     if recipe.ppo is not None:
         written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
-    needed = [*written.values(), *([recipe.path / "reward" / "final"] if recipe.reward else [])]
+    scoring = lineage.reward_models(recipe) if recipe.reward else ()
+    needed = [*written.values(), *(recipe.path / name for name in scoring)]
     for folder in needed:
         if not (folder / "config.json").is_file():
             raise RecipeError(

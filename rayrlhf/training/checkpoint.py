@@ -39,17 +39,23 @@ def begin(stage_dir: str | Path, step: int | None) -> Path:
     return tmp
 
 
+def place_of(stage_dir: str | Path, step: int | None) -> Path:
+    """Return where the checkpoint of `step` (None: `final`) is, or will be."""
+    root = Path(stage_dir)
+    return root / "final" if step is None else root / "checkpoints" / f"step-{step:08d}"
+
+
 def writing_place(stage_dir: str | Path, step: int | None) -> Path:
     """Return the folder that `begin` makes for `step` (None: `final`)."""
-    place = _place(Path(stage_dir), step)
+    place = place_of(stage_dir, step)
     return place.with_name(f".{place.name}.writing")
 
 
-def commit(tmp: Path, keep: int | None = None) -> Path:
+def commit(tmp: Path, keep: int | None = None, best: int | None = None) -> Path:
     """Make the folder from `begin` a checkpoint, and return its place.
 
     Every file is on the disk before the rename. `keep` removes all but that many newest
-    `step-*` folders afterwards.
+    `step-*` folders afterwards, and that of step `best`.
     """
     files = sorted(path for path in tmp.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(tmp)): path.stat().st_size for path in files}
@@ -68,7 +74,8 @@ def commit(tmp: Path, keep: int | None = None) -> Path:
     _fsync(place.parent)
     if keep is not None:
         for old in _steps(place.parent)[keep:]:
-            _remove(old)
+            if step_of(old) != best:
+                _remove(old)
     return place
 
 
@@ -125,10 +132,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             "another run_dir"
         ) from None
     return tensors, meta
-
-
-def _place(stage_dir: Path, step: int | None) -> Path:
-    return stage_dir / "final" if step is None else stage_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def _steps(checkpoints: Path) -> list[Path]:

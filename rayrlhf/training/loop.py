@@ -21,9 +21,10 @@ from ray.train.torch import TorchTrainer, get_device
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.data.datasets import batch_indices, shard
-from rayrlhf.metrics import MetricsLogger
+from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
+from rayrlhf.training.best import Best, best_of
 from rayrlhf.training.flops import model_flops
 from rayrlhf.training.stage import Stage, add, padded
 from rayrlhf.training.utilization import Meter
@@ -35,10 +36,12 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
     A stage whose `final` is there is left alone. Raises RecipeError before any actor starts when
     the data, the start model or the cluster do not fit the recipe.
     """
-    final = recipe.path / kind.name / "final"
-    if checkpoint.is_complete(final):
+    finals = kind.finals(recipe)
+    final = finals[0]
+    if all(map(checkpoint.is_complete, finals)):
         return final
-    console.say(derived_numbers(kind(recipe)))  # the stage reads and checks all inputs
+    stage = kind(recipe)  # reads and checks all inputs
+    console.say(derived_numbers(stage))
     session.connect(recipe)
     resources = recipe.resources
     session.require(resources.bundles(kind.name), wait_s=resources.wait_s, stage=kind.name)
@@ -70,7 +73,9 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
         trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from error
-    assert checkpoint.is_complete(final), f"{final} was not written"
+    for place in finals:
+        assert checkpoint.is_complete(place), f"{place} was not written"
+        _say_what_was_best(stage, place.parent)
     return final
 
 
@@ -85,6 +90,22 @@ def derived_numbers(stage: Stage) -> str:
         f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per {each} on {ranks}, "
         f"micro-batches of up to {cfg.tokens_per_microbatch} tokens"
     )
+
+
+def _say_what_was_best(stage: Stage, folder: Path) -> None:
+    """Print which step `final` is, where it is not the last one."""
+    best = best_of(stage.selection, stage.cfg)
+    if best is None:
+        return
+    records = read_jsonl(folder / "metrics.jsonl")
+    for record in records:
+        best.observe(record["step"], record)
+    if best.step is not None and best.step < stage.total_steps:
+        console.say(
+            f"{stage.name:>9} {folder / 'final'} is step {best.step}, with the best "
+            f"{best.selection.metric}, {best.value:.4g}; training ended at step "
+            f"{records[-1]['step']} of {stage.total_steps}"
+        )
 
 
 def run(stage: Stage, device: torch.device) -> None:
@@ -105,6 +126,9 @@ def run(stage: Stage, device: torch.device) -> None:
     meter = Meter(flops, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
+    best = best_of(stage.selection, cfg)
+    if best is not None and newest is not None:
+        best.load(newest / checkpoint.STATE_DIR)
     log = (
         MetricsLogger(
             stage.folder, start_step=start, num_steps=total, trackers=stage.recipe.tracking
@@ -115,6 +139,8 @@ def run(stage: Stage, device: torch.device) -> None:
 
     ahead = Prefetch(stage, backend.data_rank, backend.data_size)
     for step in range(start + 1, total + 1):
+        if best is not None and best.is_over:
+            break
         micros, waited = ahead.take(step)
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
         metrics = train_step(stage, backend, step, micros)
@@ -122,14 +148,20 @@ def run(stage: Stage, device: torch.device) -> None:
         metrics["time/data_wait_s"] = backend.global_max(waited)
         if step == total or _due(step, cfg.eval_every):
             metrics |= stage.evaluate(backend)
+        is_best = best is not None and best.observe(step, metrics)
         samples = stage.samples(backend, step)
         if log is not None:
             log.log(step, metrics)
             for sample in samples:
                 log.sample(step, sample)
-        if step < total and _due(step, cfg.save_every):
-            save(stage, backend, step)
+        if step < total and (is_best or _due(step, cfg.save_every)):
+            save(stage, backend, step, best)
     ahead.close()
+    if best is not None and best.step not in (None, backend.num_steps):
+        folder = _best_folder(stage, best.step)
+        del module, backend, meter  # their memory is needed
+        module = stage.build(folder)
+        backend = make_backend(module, cfg, total_steps=total, device=device)
     stage.finish(backend)
     save(stage, backend, None)
     if log is not None:
@@ -196,8 +228,11 @@ def train_step(stage: Stage, backend: Backend, step: int, micros: list[Any]) -> 
     }
 
 
-def save(stage: Stage, backend: Backend, step: int | None) -> None:
-    """Write the checkpoint of `step`, or `final` for None; every rank calls it."""
+def save(stage: Stage, backend: Backend, step: int | None, best: Best | None = None) -> None:
+    """Write the checkpoint of `step`, or `final` for None; every rank calls it.
+
+    The folder of the best step so far stays, however many are kept.
+    """
     if backend.rank == 0:
         checkpoint.begin(stage.folder, step)
     backend.barrier()
@@ -212,12 +247,25 @@ def save(stage: Stage, backend: Backend, step: int | None) -> None:
         stage.tokenizer.save_pretrained(folder)
         if step is not None:
             (folder / checkpoint.STATE_DIR).mkdir()
+            if best is not None:
+                best.save(folder / checkpoint.STATE_DIR)
     backend.barrier()
     if step is not None:
         backend.save_state(folder / checkpoint.STATE_DIR)
     if backend.rank == 0:
-        checkpoint.commit(folder, None if step is None else stage.cfg.keep_checkpoints)
+        keep = None if step is None else stage.cfg.keep_checkpoints
+        checkpoint.commit(folder, keep, None if best is None else best.step)
     backend.barrier()
+
+
+def _best_folder(stage: Stage, step: int) -> Path:
+    folder = checkpoint.place_of(stage.folder, step)
+    if not checkpoint.is_complete(folder):
+        raise RecipeError(
+            f"{folder}: the best checkpoint is not there any more, or damaged: move "
+            f"{stage.folder} away and train again"
+        )
+    return folder
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -226,7 +274,9 @@ def _worker(config: dict[str, Any]) -> None:
     os.chdir(config["directory"])
     recipe: Recipe = config["recipe"]
     torch.set_num_threads(recipe.resources.num_threads)
-    run(config["kind"](recipe), get_device())
+    for stage in config["kind"].runs(recipe):
+        if not checkpoint.is_complete(stage.folder / "final"):
+            run(stage, get_device())
     # Once, at the end, on every rank: Ray Train waits for all of them.
     ray.train.report({})
 

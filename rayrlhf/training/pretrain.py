@@ -50,6 +50,11 @@ class PretrainStage(LanguageModelStage):
             for split in manifest["splits"]
             if split.startswith("validation-")
         }
+        if self.cfg.early_stopping is not None and not self.held_out:
+            raise RecipeError(
+                f"pretrain.early_stopping compares losses on held-out rows, but {corpus} has none: "
+                "give the sources `validation` files, or take early_stopping out"
+            )
         self.start = self.cfg.init or recipe.model.path
         if self.start is not None:
             self.start = builtin.resolve(self.start)

@@ -1,19 +1,30 @@
 """The reward model: the SFT model's trunk with a scalar head, trained on ranked completions.
 
 InstructGPT (arXiv:2203.02155, section 3.5 and eq. 1): all pairs of one prompt's K responses are
-one batch element, one epoch. Ties give no pair. At the end the mean score of the demonstrations is
-stored as the model's shift, so that they score 0 on average before RL.
+one batch element, one epoch. Other losses and targets: config/reward.py; whatever the pairs, each
+response takes one forward pass. At the end the mean score of the demonstrations is stored as the
+model's shift, so that they score 0 on average before RL.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.algorithms.ranking import ranking_loss
+from rayrlhf import lineage
+from rayrlhf.algorithms.ranking import (
+    Pairs,
+    joined,
+    judged_pairs,
+    pair_loss,
+    ranked_pairs,
+    weighted,
+)
 from rayrlhf.config import Recipe, RewardConfig
 from rayrlhf.data import encoded
 from rayrlhf.data.datasets import (
@@ -28,6 +39,7 @@ from rayrlhf.data.encoded import Encoded, token_counts
 from rayrlhf.data.packing import microbatches, pack_tight, within_budget
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
+from rayrlhf.training.best import Selection
 from rayrlhf.training.loop import train_stage
 from rayrlhf.training.stage import MicroBatch, Stage, evaluating, global_totals
 
@@ -42,14 +54,14 @@ def train_reward(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class ComparisonBatch(MicroBatch):
-    """All N responses of some comparisons, packed; `count` is comparisons with a pair."""
+    """All N responses of some comparisons, packed; `count` is comparisons, or pairs."""
 
     ends: Tensor
     """(N,) int64, where the last token of each response is in the flattened (b * S)"""
-    ranks: Tensor
-    """(N,) int64, 1 = best of its comparison"""
-    groups: Tensor
-    """(N,) int64, which comparison a response belongs to"""
+    pairs: Pairs
+
+    def to(self, device: torch.device) -> Self:
+        return replace(super().to(device), pairs=self.pairs.to(device))
 
     @property
     def num_outputs(self) -> int:
@@ -60,9 +72,14 @@ class RewardStage(Stage):
     """Comparisons; each stays whole within one micro-batch."""
 
     name = "reward"
+    selection = Selection("eval/pair_accuracy", higher_is_better=True)
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, member: int = 0) -> None:
+        """Read and check the data; `member` is which one of the ensemble's models this is."""
         super().__init__(recipe)
+        if member:
+            self.folder = self.finals(recipe)[member].parent
+            self.recipe = recipe.model_copy(update={"seed": member_seed(recipe.seed, member)})
         self.start = self.start_folder()
         self.train = self._read(self.cfg.train)
         held_out = self.cfg.validation
@@ -70,8 +87,25 @@ class RewardStage(Stage):
         path = self.cfg.demonstrations or (recipe.sft.train if recipe.sft else None)
         self.demonstrations: Sequence[Example] = self.read_demonstrations(path) if path else []
 
+    @classmethod
+    def runs(cls, recipe: Recipe) -> Iterator["RewardStage"]:
+        """Yield the members of the ensemble."""
+        assert recipe.reward is not None
+        return (cls(recipe, member) for member in range(recipe.reward.num_members))
+
+    @classmethod
+    def finals(cls, recipe: Recipe) -> list[Path]:
+        return [recipe.path / name for name in lineage.reward_models(recipe)]
+
     def _read(self, path: str) -> Encoded[Comparison]:
-        return encoded.comparisons(self.recipe, path, self.recipe.model.max_length)
+        individual = self.cfg.raters == "individual"
+        return encoded.comparisons(
+            self.recipe,
+            path,
+            self.recipe.model.max_length,
+            keep_ties=individual or self.cfg.ties == "half",
+            need_single_ratings=individual,
+        )
 
     @property
     def cfg(self) -> RewardConfig:
@@ -100,38 +134,55 @@ class RewardStage(Stage):
         return [self._batch([comparisons[index] for index in group]) for group in groups]
 
     def _batch(self, comparisons: Sequence[Comparison]) -> ComparisonBatch:
-        responses = [
-            (ids, rank, group)
-            for group, comparison in enumerate(comparisons)
-            for ids, rank in zip(comparison.ids, comparison.ranks, strict=True)
-        ]
-        rows = pack_tight([len(ids) for ids, _, _ in responses], self.cfg.tokens_per_microbatch)
-        texts = [[responses[index][0] for index in row] for row in rows]
+        responses = [ids for comparison in comparisons for ids in comparison.ids]
+        rows = pack_tight([len(ids) for ids in responses], self.cfg.tokens_per_microbatch)
+        texts = [[responses[index] for index in row] for row in rows]
         input_ids = lay_out(texts, self.tokenizer.pad_token_id)  # (b, S)
         ends = [
             number * input_ids.shape[1] + end - 1
             for number, row in enumerate(texts)
             for end in accumulate(map(len, row))
         ]
+        # Scores are read in the order of the responses, wherever packing has put them.
         order = [index for row in rows for index in row]
+        ends = [end for _, end in sorted(zip(order, ends, strict=True))]
+        pairs = self._pairs(comparisons)
         return ComparisonBatch(
             input_ids,
             number_documents(texts),
-            float(len(comparisons)),
-            sum(len(ids) for ids, _, _ in responses),
+            float(len(comparisons) if self.cfg.loss == "kwise" else len(pairs.first)),
+            sum(map(len, responses)),
             torch.tensor(ends),
-            torch.tensor([responses[index][1] for index in order]),
-            torch.tensor([responses[index][2] for index in order]),
+            pairs,
         )
+
+    def _pairs(self, comparisons: Sequence[Comparison]) -> Pairs:
+        """Return the pairs of responses, numbered through over the comparisons."""
+        cfg = self.cfg
+        counts = [len(comparison.ranks) for comparison in comparisons]
+        groups = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        if cfg.raters == "individual":
+            parts = [judged_pairs(torch.tensor(c.ranks), c.single_ratings) for c in comparisons]
+            pairs = joined(parts, [0, *accumulate(counts)][:-1])
+        else:
+            values = [c.ratings or [-float(rank) for rank in c.ranks] for c in comparisons]
+            pairs = ranked_pairs(
+                torch.tensor([rank for c in comparisons for rank in c.ranks]),
+                groups,
+                ties=cfg.ties,
+                ratings_N=torch.tensor([value for one in values for value in one]),
+                margin_scale=cfg.margin_scale if cfg.loss == "margin" else 0.0,
+            )
+        return weighted(pairs, groups, per="prompt" if cfg.loss == "kwise" else "pair")
 
     def empty(self) -> ComparisonBatch:
         one = torch.ones(1, dtype=torch.int64)
-        return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one * 0, one, one)
+        return ComparisonBatch(one[None] * 0, one[None], 0.0, 0, one * 0, ranked_pairs(one, one))
 
     def loss(self, backend: Backend, micro: ComparisonBatch) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = backend(micro.input_ids, micro.attention_mask)  # (b, S)
         scores = outputs.flatten()[micro.ends]  # (N,)
-        return ranking_loss(scores, micro.ranks, micro.groups)
+        return pair_loss(scores, micro.pairs, center_coef=self.cfg.center_coef)
 
     def metrics(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
         pairs = max(sums["reward/num_pairs"], 1.0)
@@ -186,3 +237,9 @@ class RewardStage(Stage):
     def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
         assert isinstance(module, ScalarHeadModel)
         module.save_pretrained(folder, weights)
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of a further member of the ensemble: far from those of other runs."""
+    digest = hashlib.sha256(f"{seed}/member/{member}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1

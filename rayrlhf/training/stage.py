@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rayrlhf.models import lora
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.sequence import check_splits
 from rayrlhf.training.backend import Backend
+from rayrlhf.training.best import Selection
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,24 @@ class Stage(ABC):
 
     name: str
     """Of the recipe's section and of the folder in the run directory."""
+    selection: ClassVar[Selection] = Selection("eval/loss", higher_is_better=False)
+    """By which metric of `evaluate` early stopping tells the best checkpoint."""
 
     def __init__(self, recipe: Recipe) -> None:
         """Read and check the data; raises RecipeError."""
         self.recipe = recipe
         self.folder = recipe.path / self.name
         self.tokenizer = load_tokenizer(recipe)
+
+    @classmethod
+    def runs(cls, recipe: Recipe) -> Iterator["Stage"]:
+        """Yield what is trained, one after another: most stages have one model."""
+        yield cls(recipe)
+
+    @classmethod
+    def finals(cls, recipe: Recipe) -> list[Path]:
+        """Return the folder of each model of `runs`, the one that later stages read first."""
+        return [recipe.path / cls.name / "final"]
 
     @property
     @abstractmethod

@@ -137,6 +137,7 @@ def test_comparisons_hold_every_text_once_ranked_by_mean(ratings: Records, name:
     for record in records:
         means = [of[i]["mean"] for i in record["text_ids"]]
         assert record["ratings"] == means
+        assert record["single_ratings"] == [of[i]["ratings"] for i in record["text_ids"]]
         assert record["responses"] == [" " + of[i]["text"] for i in record["text_ids"]]
         assert record["prompt"] == HEADERS[record["source"]]
         assert {of[i]["source"] for i in record["text_ids"]} == {record["source"]}

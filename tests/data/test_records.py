@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrlhf.config import RecipeError
-from rayrlhf.data.records import Kind, read_records
+from rayrlhf.data.records import Kind, check, read_records
 
 GOOD: dict[Kind, dict[str, Any]] = {
     "document": {"text": "a"},
@@ -126,3 +126,24 @@ def test_parquet_reads_like_jsonl(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(RecipeError, match="not a Parquet file"):
         read_records(path, "document")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ratings", [1.0]),
+        ("ratings", [1.0, "2"]),
+        ("ratings", [1.0, float("nan")]),
+        ("single_ratings", [[1, 2]]),
+        ("single_ratings", [[1, 2], []]),
+        ("single_ratings", [[1, 2], [True]]),
+        ("single_ratings", [1, 2]),
+    ],
+)
+def test_ratings_that_do_not_fit_the_responses(field: str, value: Any) -> None:
+    good = {"prompt": "A", "responses": [" a", " b"], "ranks": [1, 2]}
+    fine = {**good, "ratings": [2, 1.5], "single_ratings": [[1, 3], [1.5]]}
+    assert check("x:1", fine, "comparison") == fine
+    assert check("x:1", {**good, field: None}, "comparison")
+    with pytest.raises(RecipeError, match=rf"x:1: {field}=.* of the 2 responses"):
+        check("x:1", {**good, field: value}, "comparison")

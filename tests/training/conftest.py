@@ -48,7 +48,7 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Calla
     demonstrations = [
         {"prompt": "A", "response": f" {words[i % 8]} {words[i % 5]}"} for i in range(13)
     ]
-    comparisons = [
+    comparisons: list[dict[str, Any]] = [
         {
             "prompt": "A",
             "responses": [f" {words[(i + k) % 8]}" for k in range(2 + i % 4)],
@@ -57,6 +57,15 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Calla
         for i in range(11)
         if i % 4 or not i % 3
     ]
+
+    for i, record in enumerate(comparisons):
+        # Seven people, of whom most agree with the ranks; every third record has their means.
+        record["single_ratings"] = [
+            [4 - rank + (i + 2 * k + person) % 3 for person in range(7)]
+            for k, rank in enumerate(record["ranks"])
+        ]
+        if i % 3 == 0:
+            record["ratings"] = [sum(one) / 7 for one in record["single_ratings"]]
 
     def make(
         run: str = "run", resources: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -99,7 +100,8 @@ for path in sys.argv[1:]:
 def test_sigkill_of_the_whole_group_then_the_same_command(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    section = {"max_steps": 160, "save_every": 10, "eval_every": 20, "epochs": 1000}
+    section: dict[str, Any] = {"max_steps": 160, "save_every": 10, "eval_every": 20, "epochs": 1000}
+    section["early_stopping"] = None
     metrics, saved = {}, {}
     for name in ("killed", "whole"):
         recipe = make_recipe(name, resources={"num_workers": 2}, reward=section)

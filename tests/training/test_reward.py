@@ -1,15 +1,21 @@
-"""The reward model's calibration: demonstrations score 0 on average, by the folder it leaves."""
+"""The reward model: its losses over a packed batch, its ensemble, and its calibration."""
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rayrlhf.config import Recipe
+from rayrlhf.config import Recipe, RecipeError, RewardConfig
+from rayrlhf.data.datasets import Comparison
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.training.reward import RewardStage
+from rayrlhf.training import loop
+from rayrlhf.training.reward import RewardStage, member_seed
+from tests.training.conftest import write_jsonl
 from tests.training.ranks import Run, run_on_ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -68,3 +74,118 @@ def test_a_reward_model_that_is_trained_on_is_calibrated_anew(
         for recipe in (whole, broken)
     ]
     assert shifts[0] == shifts[1] != 0.0
+
+
+def test_losses_of_a_batch_are_those_of_its_comparisons(make_recipe: MakeRecipe) -> None:
+    """The packed batch of the stage against each comparison alone, response by response."""
+    for section in (
+        {"loss": "kwise"},
+        {"loss": "pairwise", "ties": "half"},
+        {"loss": "margin", "center_coef": 0.1},
+        {"raters": "individual"},
+        {"raters": "individual", "loss": "pairwise"},
+    ):
+        stage = RewardStage(make_recipe(reward=section))
+        module = stage.build(None).eval()
+        found, wanted, count = 0.0, 0.0, 0.0
+        with torch.no_grad():
+            for micro in stage.microbatches(range(len(stage.train))):
+                found += float(stage.loss(module, micro)[0])  # type: ignore[arg-type]
+                count += micro.count
+            pairs_in_all = 0
+            for comparison in stage.train:
+                scores = [
+                    float(module(torch.tensor([ids]), torch.ones(1, len(ids)).long())[0, -1])
+                    for ids in comparison.ids
+                ]
+                losses = pair_losses(comparison, scores, stage.cfg)
+                pairs_in_all += len(losses)
+                wanted += sum(losses) / (len(losses) if stage.cfg.loss == "kwise" else 1)
+        assert found == pytest.approx(wanted, rel=1e-4), section
+        assert count == (len(stage.train) if stage.cfg.loss == "kwise" else pairs_in_all)
+
+
+def pair_losses(comparison: Comparison, scores: list[float], cfg: RewardConfig) -> list[float]:
+    """Return the loss of each pair, from the words of the recipe's options."""
+    losses = []
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        first, second = comparison.ranks[i], comparison.ranks[j]
+        if cfg.raters == "individual":
+            judged = list(
+                itertools.product(comparison.single_ratings[i], comparison.single_ratings[j])
+            )
+            target = sum((a > b) + 0.5 * (a == b) for a, b in judged) / len(judged)
+        elif first == second and cfg.ties == "ignore":
+            continue
+        else:
+            target = (first < second) + 0.5 * (first == second)
+        margin = 0.0
+        if cfg.loss == "margin":
+            values = comparison.ratings or [-rank for rank in comparison.ranks]
+            margin = cfg.margin_scale * max(0.0, (values[i] - values[j]) * (2 * target - 1))
+        gap = scores[i] - scores[j]
+        loss = target * math.log1p(math.exp(margin - gap)) + (1 - target) * math.log1p(
+            math.exp(margin + gap)
+        )
+        losses.append(loss + cfg.center_coef * (scores[i] + scores[j]) ** 2)
+    return losses
+
+
+def test_a_comparison_of_nothing_but_ties_counts_when_ties_do(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    tied = {"prompt": "A", "responses": [" good", " bad"], "ranks": [1, 1]}
+    ranked = {"prompt": "A", "responses": [" good", " bad"], "ranks": [1, 2]}
+    path = write_jsonl(tmp_path / "tied.jsonl", [tied, ranked])
+    assert len(RewardStage(make_recipe(reward={"train": path})).train) == 1
+    assert len(RewardStage(make_recipe(reward={"train": path, "ties": "half"})).train) == 2
+
+
+def test_individual_raters_need_single_ratings(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    good = {"prompt": "A", "responses": [" good", " bad"], "ranks": [1, 2]}
+    path = write_jsonl(tmp_path / "c.jsonl", [{**good, "single_ratings": [[1, 2], [0]]}, good])
+    with pytest.raises(RecipeError, match=r"c\.jsonl:2: the record has no single_ratings, but"):
+        RewardStage(make_recipe(reward={"train": path, "raters": "individual"}))
+    with pytest.raises(RecipeError, match="loss=margin needs to know which"):
+        make_recipe(reward={"raters": "individual", "loss": "margin"})
+
+
+def test_members_of_an_ensemble_differ_and_resume(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is the plain model; a run that was killed in the second goes on with it."""
+    plain = make_recipe("plain")
+    loop.run(RewardStage(plain), torch.device("cpu"))
+    recipe = make_recipe(reward={"num_members": 3})
+    finals = RewardStage.finals(recipe)
+    assert [str(f.relative_to(recipe.path)) for f in finals] == [
+        "reward/final",
+        "reward/members/01/final",
+        "reward/members/02/final",
+    ]
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    monkeypatch.setattr(loop, "get_device", lambda: torch.device("cpu"))
+    given = {"recipe": recipe, "kind": RewardStage, "directory": str(Path.cwd())}
+    whole_step, calls = loop.train_step, []
+
+    def dies(stage: Any, backend: Any, step: int, micros: Any) -> dict[str, float]:
+        calls.append(stage.folder.name)
+        if len(calls) == 6 + 5:
+            raise KeyboardInterrupt
+        return whole_step(stage, backend, step, micros)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        loop._worker(given)
+    loop._worker(given)
+    # Six steps of the first; of the second four and one that died, then from step 4 on; the third.
+    assert calls == ["reward"] * 6 + ["01"] * 5 + ["01"] * 2 + ["02"] * 6
+    scores = [scores_of(final, RewardStage(recipe)) for final in finals]
+    assert torch.equal(scores[0], scores_of(plain.path / "reward" / "final", RewardStage(plain)))
+    for one, other in itertools.combinations(scores, 2):
+        assert float((one - other).abs().max()) > 1e-3
+
+
+def test_seeds_of_members_are_no_other_runs() -> None:
+    seeds = {member_seed(seed, member) for seed in range(50) for member in range(1, 9)}
+    assert len(seeds) == 400 and min(seeds) > 50
