@@ -26,6 +26,8 @@ PACKAGES = (
     "pyarrow",
     "tokenizers",
 )
+CARD = "README.md"
+"""The model card of a folder, which says when and by what it was made, and is no part of it."""
 OUTPUTS = {
     "corpus": "corpus/manifest.json",
     "pretrain": "pretrain/final",
@@ -76,9 +78,16 @@ def start_model(recipe: Recipe, stage: str) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """Return the SHA-256 of a file's content, or of a folder's names and contents."""
+    """Return the SHA-256 of a file's content, or of a folder's names and contents.
+
+    A folder's model card is left out.
+    """
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file() and p != path / CARD)
+        if path.is_dir()
+        else [path]
+    )
     for file in files:
         if path.is_dir():
             digest.update(f"{file.relative_to(path)}\0".encode())

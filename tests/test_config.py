@@ -31,6 +31,14 @@ def test_shipped_recipes_load(path: Path) -> None:
     assert config.load(path).name == path.stem
 
 
+def test_instructgpts_settings() -> None:
+    """arXiv:2203.02155, section 3.5 and appendix C.1, for 1.3B and 6B."""
+    sft = config.load(ROOT / "configs" / "instructgpt-sft.yaml").sft
+    assert sft is not None
+    assert (sft.epochs, sft.dropout, sft.batch_size, sft.learning_rate) == (16, 0.2, 32, 9.65e-6)
+    assert (sft.warmup_ratio, sft.min_learning_rate_ratio) == (0, 0.1)
+
+
 def test_stages_are_the_sections_in_order() -> None:
     assert config.parse(MINIMAL).stages == config.STAGES
     some = {k: v for k, v in MINIMAL.items() if k in ("name", "corpus", "pretrain")}

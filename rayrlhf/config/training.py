@@ -181,6 +181,8 @@ class SFTConfig(StageConfig):
     """InstructGPT section 3.5."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Residual dropout, InstructGPT section 3.5."""
+    neftune_alpha: NonNegative = 0.0
+    """Noise on the embeddings in training (NEFTune, arXiv:2310.05914: 5, 10 or 15); 0 is none."""
 
     @model_validator(mode="after")
     def _early_stopping_has_data(self) -> Self:

@@ -38,6 +38,7 @@ from rayrlhf.models.folder import (
     run_trunk,
     save_folder,
 )
+from rayrlhf.models.neftune import EmbeddingNoise, document_lengths
 from rayrlhf.models.sequence import WHOLE, WholeSequence
 
 INIT_STD = 0.02
@@ -62,6 +63,7 @@ class CausalLMModel(nn.Module):
         hf.set_output_embeddings(_Head(hf.get_output_embeddings()))
         self.hf = hf
         self.sequence = WHOLE
+        self.noise: EmbeddingNoise | None = None
 
     @classmethod
     def from_pretrained(
@@ -100,6 +102,8 @@ class CausalLMModel(nn.Module):
         with_entropy: bool = False,
     ) -> Any:
         """Return the log-probs, or with_entropy (log-probs, entropies); see `token_log_probs`."""
+        if self.noise is not None:
+            self.noise.lengths = self.sequence.own(document_lengths(attention_mask))
         log_probs, entropies = _token_statistics(
             self.hf,
             self.sequence,
@@ -110,6 +114,11 @@ class CausalLMModel(nn.Module):
             with_entropy=with_entropy,
         )
         return (log_probs, entropies) if with_entropy else log_probs
+
+    def add_noise(self, alpha: float) -> None:
+        """Add NEFTune's noise to the embeddings in train mode, from now on; see neftune.py."""
+        self.noise = EmbeddingNoise(alpha)
+        self.hf.get_input_embeddings().register_forward_hook(self.noise)
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None

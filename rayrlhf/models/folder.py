@@ -67,7 +67,12 @@ def load_weights(
     with quiet():
         try:
             model, report = auto_class.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, **(quantization or {})
+                path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,  # no pickles
+                **(quantization or {}),
             )
         except OSError as error:
             raise RecipeError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None

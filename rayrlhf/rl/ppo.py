@@ -41,6 +41,7 @@ from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.weight_sync import sync_weights
 from rayrlhf.training.checkpoint import STATE_DIR, begin, commit, is_complete, newest_checkpoint
+from rayrlhf.training.model_card import write_card
 
 NUM_SAMPLES = 3
 """Responses that each line of samples shows."""
@@ -114,6 +115,7 @@ def train_ppo(recipe: Recipe) -> Path:
         optimize(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)
         roles.actor.export(str(final)).wait()
+        write_card(recipe, "ppo", final)
         return commit(final)
 
 

@@ -1,11 +1,12 @@
 """Checkpoints: written beside their place, fsynced, renamed; the newest whole one wins.
 
     <stage>/checkpoints/step-00000100/   HF folder + training_state/ + manifest.json
-    <stage>/final/                       HF folder + manifest.json
+    <stage>/final/                       HF folder + manifest.json + README.md (model card)
 
-`manifest.json` lists every file with its size and is written last, so a folder without it, or with
-a file that is missing or shorter, is half-written and never picked. Tensors are stored as
-safetensors, everything else as JSON: loading a checkpoint runs no code of whoever wrote it.
+`manifest.json` lists every file but the model card with its size and is written last, so a folder
+without it, or with a file that is missing or shorter, is half-written and never picked. Tensors
+are stored as safetensors, everything else as JSON: loading a checkpoint runs no code of whoever
+wrote it.
 """
 
 import json
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayrlhf.config import RecipeError
+from rayrlhf.lineage import CARD
 
 MANIFEST = "manifest.json"
 STATE_DIR = "training_state"
@@ -58,7 +60,9 @@ def commit(tmp: Path, keep: int | None = None, best: int | None = None) -> Path:
     `step-*` folders afterwards, and that of step `best`.
     """
     files = sorted(path for path in tmp.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(tmp)): path.stat().st_size for path in files}
+    sizes = {
+        str(path.relative_to(tmp)): path.stat().st_size for path in files if path != tmp / CARD
+    }
     for path in files:
         _fsync(path)
     (tmp / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")

@@ -26,6 +26,7 @@ from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
 from rayrlhf.training.best import Best, best_of
 from rayrlhf.training.flops import model_flops
+from rayrlhf.training.model_card import write_card
 from rayrlhf.training.stage import Stage, add, padded
 from rayrlhf.training.utilization import Meter
 
@@ -163,7 +164,7 @@ def run(stage: Stage, device: torch.device) -> None:
         module = stage.build(folder)
         backend = make_backend(module, cfg, total_steps=total, device=device)
     stage.finish(backend)
-    save(stage, backend, None)
+    save(stage, backend, None, best)
     if log is not None:
         log.close()
 
@@ -245,7 +246,9 @@ def save(stage: Stage, backend: Backend, step: int | None, best: Best | None = N
     if backend.rank == 0:
         stage.save(backend.module, folder, weights)
         stage.tokenizer.save_pretrained(folder)
-        if step is not None:
+        if step is None:
+            write_card(stage.recipe, stage.name, folder, None if best is None else best.step)
+        else:
             (folder / checkpoint.STATE_DIR).mkdir()
             if best is not None:
                 best.save(folder / checkpoint.STATE_DIR)

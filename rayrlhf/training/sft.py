@@ -52,9 +52,12 @@ class SFTStage(LanguageModelStage):
         return len(self.train)
 
     def build(self, checkpoint: Path | None) -> CausalLMModel:
-        return CausalLMModel.to_finetune(
+        model = CausalLMModel.to_finetune(
             self.start, self.cfg, checkpoint=checkpoint, seed=self.recipe.seed
         )
+        if self.cfg.neftune_alpha > 0:
+            model.add_noise(self.cfg.neftune_alpha)
+        return model
 
     def costs(self, indices: Sequence[int]) -> list[float]:
         return [float(self.train.lengths[index]) for index in indices]

@@ -275,6 +275,7 @@ def test_workers_of_another_folder_write_where_the_run_is(
     monkeypatch.setattr(ppo.session, "require", lambda *args, **keys: None)
     final = train_ppo(recipe)
     assert final == here / "run" / "ppo" / "final" and is_complete(final)
+    assert "| reward/score_mean |" in (final / "README.md").read_text()
     newest = newest_checkpoint(here / "run" / "ppo")
     assert newest is not None and newest.name == "step-00000002"
     assert (newest / "model.safetensors").is_file()

@@ -18,6 +18,7 @@ from rayrlhf.training.pretrain import PretrainStage
 from rayrlhf.training.reward import RewardStage
 from rayrlhf.training.sft import SFTStage
 from rayrlhf.training.stage import Stage
+from tests.training.ranks import Run, run_on_ranks
 
 CPU = torch.device("cpu")
 MakeRecipe = Callable[..., Recipe]
@@ -93,6 +94,21 @@ def test_a_half_written_checkpoint_is_not_resumed_from(make_recipe: MakeRecipe) 
     assert comparable(whole.folder) == expected
 
 
+def test_embedding_noise_resumes_exactly(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Noise follows from the step, as dropout does."""
+    names = {"whole": 5.0, "killed": 5.0, "clean": 0.0}
+    recipes = {
+        name: make_recipe(name, sft={"neftune_alpha": alpha, "eval_every": 1})
+        for name, alpha in names.items()
+    }
+    runs = [Run(r, SFTStage, 5 if name == "killed" else None) for name, r in recipes.items()]
+    run_on_ranks(runs, 1, tmp_path)
+    whole, killed, clean = (comparable(recipe.path / "sft") for recipe in recipes.values())
+    assert killed == whole
+    assert whole[0]["loss"] != clean[0]["loss"]
+    assert whole[0]["loss"] == pytest.approx(clean[0]["loss"], rel=0.1)
+
+
 def test_folders_load_with_plain_transformers(make_recipe: MakeRecipe) -> None:
     for kind, auto in (
         (PretrainStage, AutoModelForCausalLM),
@@ -115,7 +131,7 @@ def test_checkpoints_are_pruned_and_hold_no_pickle(make_recipe: MakeRecipe) -> N
         "step-00000005",
     ]
     kinds = {path.suffix for path in stage.folder.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
 
 
 def test_metrics_of_a_step(make_recipe: MakeRecipe) -> None:

@@ -178,6 +178,18 @@ def test_two_ranks_of_every_backend(make_recipe: MakeRecipe, tmp_path: Path) -> 
                 assert torch.equal(weight, before[key]), (name, key)
 
 
+def test_checkpointed_layers_compute_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Nothing that enters the first layer has a gradient."""
+    recipes = [
+        make_recipe(str(on), sft={"lora": LORA, "gradient_checkpointing": on})
+        for on in (False, True)
+    ]
+    run_on_ranks([Run(recipe, SFTStage) for recipe in recipes], 1, tmp_path)
+    losses = [[line["loss"] for line in comparable(r.path / "sft")] for r in recipes]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][-1] < losses[1][0]
+
+
 def test_a_name_without_a_linear_module(make_recipe: MakeRecipe) -> None:
     for wrong in ("q_prj", "embed_tokens", "lm_head"):
         recipe = make_recipe(sft={"lora": {"target_modules": ["v_proj", wrong]}})
