@@ -23,6 +23,7 @@ COMMANDS = {
     "pretrain": "train the base model on the packed corpus",
     "sft": "fine-tune on demonstrations",
     "reward": "train the reward model on ranked completions",
+    "dpo": "train the policy on ranked completions, without a reward model",
     "ppo": "train the policy against the reward model",
     "evaluate": "compare the stages and write report.html",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
@@ -109,6 +110,10 @@ def _function(stage: str) -> "Callable[[Recipe], Path]":
         from rayrlhf.training.reward import train_reward
 
         return train_reward
+    if stage == "dpo":
+        from rayrlhf.training.dpo import train_dpo
+
+        return train_dpo
     if stage == "ppo":
         from rayrlhf.rl.ppo import train_ppo
 
@@ -124,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayrlhf",
         usage="rayrlhf COMMAND RECIPE [key.sub=value ...]",
         description="Train a GPT assistant the whole way on Ray: pretraining, SFT, reward model, "
-        "PPO, evaluation.",
+        "DPO, PPO, evaluation.",
         epilog=f"commands:\n{commands}\n\nexample:\n"
         "  rayrlhf pipeline configs/quickstart.yaml ppo.steps=20",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,6 +33,7 @@ OUTPUTS = {
     "pretrain": "pretrain/final",
     "sft": "sft/final",
     "reward": "reward/final",
+    "dpo": "dpo/final",
     "ppo": "ppo/final",
     "evaluate": "evaluation/results.json",
 }
@@ -44,14 +45,16 @@ UPSTREAM = {
     "pretrain": ("corpus",),
     "sft": ("corpus", "pretrain"),
     "reward": ("corpus", "pretrain", "sft"),
+    "dpo": ("corpus", "pretrain", "sft"),
     "ppo": ("corpus", "pretrain", "sft", "reward"),
-    "evaluate": ("corpus", "pretrain", "sft", "reward", "ppo"),
+    "evaluate": ("corpus", "pretrain", "sft", "reward", "dpo", "ppo"),
 }
 SECTIONS = {
     "corpus": ("tokenizer", "corpus"),
     "pretrain": ("tokenizer", "model", "pretrain"),
     "sft": ("tokenizer", "model", "sft"),
     "reward": ("tokenizer", "model", "reward"),
+    "dpo": ("tokenizer", "model", "dpo"),
     "ppo": ("tokenizer", "model", "ppo"),
     "evaluate": ("tokenizer", "model", "evaluate"),
 }
@@ -60,13 +63,12 @@ SECTIONS = {
 def start_model(recipe: Recipe, stage: str) -> str:
     """Return the folder or name of the model that `stage` starts from.
 
-    The base model starts `sft`; the SFT model starts `reward` and is PPO's actor and reference.
-    `ppo.critic` and `ppo.reward` start from the reward model.
+    The base model starts `sft`; the SFT model starts `reward` and `dpo`, and is PPO's actor and
+    reference. `ppo.critic` and `ppo.reward` start from the reward model.
     """
-    if stage in ("sft", "reward"):
-        section = recipe.sft if stage == "sft" else recipe.reward
-        if section is not None and section.init is not None:
-            return section.init
+    section = recipe.training(stage)
+    if section is not None and section.init is not None:
+        return section.init
     if stage in ("ppo.critic", "ppo.reward"):
         return str(recipe.path / "reward" / "final")
     if stage != "sft" and recipe.sft is not None:

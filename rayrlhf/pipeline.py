@@ -19,6 +19,7 @@ SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
     "sft": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
     "reward": {"loss": "loss", "pair_accuracy": "accuracy", "learning_rate": "lr"},
+    "dpo": {"loss": "loss", "pair_accuracy": "accuracy", "reward_margin": "margin"},
     "ppo": {
         "reward/score_mean": "score",
         "kl/ref_per_response": "KL",
@@ -205,8 +206,7 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
 
 def _init(recipe: Recipe, stage: str) -> str | None:
     """Return the model that the section of `stage` names to start from."""
-    sections = {"pretrain": recipe.pretrain, "sft": recipe.sft, "reward": recipe.reward}
-    section = sections.get(stage)
+    section = recipe.training(stage)
     return None if section is None else section.init
 
 
@@ -245,7 +245,7 @@ def _interval(recipe: Recipe, stage: str) -> int:
     """Steps between two lines of `stage` where there is no terminal."""
     if stage == "ppo":
         return 5
-    section = {"pretrain": recipe.pretrain, "sft": recipe.sft, "reward": recipe.reward}[stage]
+    section = recipe.training(stage)
     assert section is not None
     return section.log_every
 

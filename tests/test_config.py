@@ -15,6 +15,7 @@ MINIMAL: dict[str, Any] = {
     "pretrain": {},
     "sft": {"train": "demonstrations.jsonl"},
     "reward": {"train": "comparisons.jsonl"},
+    "dpo": {"train": "comparisons.jsonl"},
     "ppo": {"prompts": "prompts.jsonl"},
     "evaluate": {"prompts": "prompts.jsonl", "comparisons": "comparisons.jsonl"},
 }
@@ -108,6 +109,13 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         ),
         ({"resources": {"rollout": {"gpus": 1.5}}}, ["set resources.rollout.gpus=1"]),
         ({"resources": {"gpus_per_worker": 2}}, ["raise resources.num_workers"]),
+        (
+            {"dpo": {"train": "x", "loss": "ipo", "label_smoothing": 0.1}},
+            ["dpo.label_smoothing=0.1", "dpo.loss=ipo", "label_smoothing=0"],
+        ),
+        ({"dpo": {"train": "x", "label_smoothing": 0.5}}, ["dpo.label_smoothing=0.5"]),
+        ({"dpo": {"train": "x", "loss": "hinge"}}, ["dpo.loss='hinge'", "'plackett_luce'"]),
+        ({"dpo": {"train": "x", "beta": 0}}, ["dpo.beta=0"]),
         ({"tracking": ["wnadb"]}, ["tracking.0='wnadb'", "'wandb'"]),
         ({"run_dir": "s3://bucket/x"}, ["run_dir=s3://bucket/x", "mount the bucket"]),
         ({"run_dir": "file://host/x"}, ["run_dir=file://host/x", "mount"]),

@@ -15,7 +15,7 @@ from rayrlhf.metrics import read_jsonl
 from tests import toy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_run_directory_is_as_designed(finished: tuple[Path, str]) -> None:
 
 def test_every_final_model_loads_in_plain_transformers(finished: tuple[Path, str]) -> None:
     run = finished[0].parent / "run"
-    for stage in ("pretrain", "sft", "ppo"):
+    for stage in ("pretrain", "sft", "dpo", "ppo"):
         model = AutoModelForCausalLM.from_pretrained(run / stage / "final")
         tokenizer = AutoTokenizer.from_pretrained(run / stage / "final")
         assert len(tokenizer) <= model.config.vocab_size
@@ -85,7 +85,7 @@ def test_ppo_logs_what_the_design_says(finished: tuple[Path, str]) -> None:
 def check_results(run: Path, policy: str) -> None:
     """Check every key of results.json that the design names, and the range of its values."""
     found = json.loads((run / "evaluation" / "results.json").read_text())
-    models = {"base", "sft", policy}
+    models = {"base", "sft", "dpo", policy}
     judges = {"vader", "reward"}
     for row in found["reward_model"].values():
         assert 0 <= row["pair_accuracy"] <= 1
@@ -122,7 +122,7 @@ def test_the_terminal_has_useful_lines_only(finished: tuple[Path, str]) -> None:
     for words in (
         " records, 24 steps of 8 sequences, on average 8 per rank on 1, micro-batches of",
         "ppo 6 steps of 8 responses (8 prompts x 1), 2 updates a step on 4 responses each",
-        " evaluate 8 prompts, answered by base, sft, ppo_ptx",
+        " evaluate 8 prompts, answered by base, sft, dpo, ppo_ptx",
     ):
         assert words in said
     assert "sample:" in said
@@ -135,7 +135,7 @@ def test_a_second_run_does_nothing(finished: tuple[Path, str]) -> None:
     start = time.monotonic()
     done = toy.run("pipeline", finished[0])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("unchanged, nothing to do") == 6
+    assert done.stdout.count("unchanged, nothing to do") == 7
     assert time.monotonic() - start < 30
 
 
@@ -164,7 +164,7 @@ def test_killed_at_any_time_it_resumes_to_the_same_numbers(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     recipe = toy.write_recipe(tmp_path)
-    for stage, step in (("pretrain", 13), ("reward", 8), ("ppo", 3)):
+    for stage, step in (("pretrain", 13), ("reward", 8), ("dpo", 7), ("ppo", 3)):
         run_and_kill(recipe, stage, step)
     done = toy.run("pipeline", recipe)
     assert done.returncode == 0, done.stderr

@@ -147,9 +147,12 @@ def test_start_models_follow_the_road(tmp_path: Path) -> None:
     run = recipe.path
     assert lineage.start_model(recipe, "sft") == str(run / "pretrain/final")
     assert lineage.start_model(recipe, "reward") == str(run / "sft/final")
+    assert lineage.start_model(recipe, "dpo") == str(run / "sft/final")
     assert lineage.start_model(recipe, "ppo") == str(run / "sft/final")
     assert lineage.start_model(recipe, "ppo.critic") == str(run / "reward/final")
     short = toy(tmp_path, pretrain=None, corpus=None, model={"path": "builtin:m"})
     assert lineage.start_model(short, "sft") == "builtin:m"
     other = toy(tmp_path, sft={"train": "x", "init": "elsewhere"})
     assert lineage.start_model(other, "sft") == "elsewhere"
+    other = toy(tmp_path, dpo={"train": "x", "init": "elsewhere"})
+    assert lineage.start_model(other, "dpo") == "elsewhere"

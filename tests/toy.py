@@ -133,6 +133,15 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
             "learning_rate": 3e-3,
             "save_every": 5,
         },
+        "dpo": {
+            "train": str(folder / "comparisons.train.jsonl"),
+            "validation": str(folder / "comparisons.test.jsonl"),
+            "batch_size": 4,
+            "max_steps": 12,
+            "learning_rate": 1e-3,
+            "save_every": 5,
+            "num_samples": 1,
+        },
         "ppo": {
             "prompts": str(folder / "prompts.jsonl"),
             "steps": 6,

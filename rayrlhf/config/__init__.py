@@ -6,6 +6,7 @@ exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help
 """
 
 from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
+from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
@@ -37,6 +38,7 @@ __all__ = [
     "STAGES",
     "TRAINED_STAGES",
     "CorpusConfig",
+    "DPOConfig",
     "EarlyStopping",
     "Edit",
     "EvaluateConfig",

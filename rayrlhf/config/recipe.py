@@ -7,15 +7,16 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from rayrlhf.config.corpus import CorpusConfig
+from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ResourcesConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.section import Section
-from rayrlhf.config.training import PretrainConfig, SFTConfig
+from rayrlhf.config.training import PretrainConfig, SFTConfig, StageConfig
 
-STAGES = ("corpus", "pretrain", "sft", "reward", "ppo", "evaluate")
+STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate")
 # Attention of vLLM 0.32 on CPU has kernels for these sizes of a head only; GPUs have them all.
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -38,6 +39,7 @@ class Recipe(Section):
     pretrain: PretrainConfig | None = None
     sft: SFTConfig | None = None
     reward: RewardConfig | None = None
+    dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
 
@@ -55,10 +57,21 @@ class Recipe(Section):
             "pretrain": self.pretrain,
             "sft": self.sft,
             "reward": self.reward,
+            "dpo": self.dpo,
             "ppo": self.ppo,
             "evaluate": self.evaluate,
         }
         return tuple(stage for stage in STAGES if present[stage] is not None)
+
+    def training(self, stage: str) -> StageConfig | None:
+        """Return the section of a stage that Ray Train runs; None for another, or without one."""
+        sections: dict[str, StageConfig | None] = {
+            "pretrain": self.pretrain,
+            "sft": self.sft,
+            "reward": self.reward,
+            "dpo": self.dpo,
+        }
+        return sections.get(stage)
 
     @field_validator("run_dir")
     @classmethod
@@ -115,7 +128,7 @@ class Recipe(Section):
         if self.pretrain is not None and (self.model.path or self.pretrain.init) is None:
             self.resources.check_heads(self.model.num_heads, self.model.num_kv_heads)
         ranks = self.resources.sequence_parallel
-        for stage in (self.pretrain, self.sft, self.reward):
+        for stage in (self.pretrain, self.sft, self.reward, self.dpo):
             if stage is not None and stage.compile:
                 raise ValueError(
                     f"compile=true does not go with resources.sequence_parallel={ranks}, whose "

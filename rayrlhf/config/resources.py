@@ -8,7 +8,7 @@ from rayrlhf.config.section import NonNegative, Positive, PositiveFloat, RecipeE
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
-TRAINED_STAGES = ("pretrain", "sft", "reward")
+TRAINED_STAGES = ("pretrain", "sft", "reward", "dpo")
 
 
 class RoleResources(Section):
@@ -28,7 +28,7 @@ class ResourcesConfig(Section):
     """Workers, devices and waiting time."""
 
     num_workers: Positive = 1
-    """Ray Train workers of `pretrain`, `sft` and `reward` (data-parallel ranks)."""
+    """Ray Train workers of `pretrain`, `sft`, `reward` and `dpo` (data-parallel ranks)."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs of each Ray Train worker."""
     gpus_per_worker: NonNegative = 0

@@ -86,7 +86,7 @@ class StageConfig(TrainingConfig):
     """A Ray Train stage: a training run with epochs, logging and checkpoints."""
 
     batch_size: Positive
-    """Sequences (for `reward`: prompts) that one optimizer step sees, over all workers."""
+    """Sequences (`reward` and `dpo`: prompts) that one optimizer step sees, over all workers."""
     init: str | None = None
     """Model to start from (folder); None takes the stage before it in the recipe."""
     epochs: PositiveFloat = 1
@@ -162,7 +162,7 @@ class PretrainConfig(StageConfig):
         if self.lora is not None:
             raise ValueError(
                 "pretrain.lora: pretraining has no frozen weights: take lora out, or give it to "
-                "sft or reward"
+                "sft, reward or dpo"
             )
         return self
 

@@ -63,6 +63,8 @@ class Comparison:
     """Position of the record that it comes from."""
     kept: list[int]
     """Positions of the responses within the record (those that are too long are left out)."""
+    prompt_length: int
+    """Tokens of the prompt, with which each of `ids` begins."""
     ratings: list[float] = field(default_factory=list)
     """Per response: its mean rating, higher is better; [] where the record has none."""
     single_ratings: list[list[float]] = field(default_factory=list)
@@ -137,6 +139,7 @@ def encode_comparison(
         [record["ranks"][k] for k in kept],
         index,
         kept,
+        len(prompt),
         [] if ratings is None else [float(ratings[k]) for k in kept],
         [] if single is None else [[float(value) for value in single[k]] for k in kept],
     )

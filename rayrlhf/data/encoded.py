@@ -39,7 +39,7 @@ from rayrlhf.data.tokenizer import load_tokenizer
 
 BYTES_IN_PLACE = 32 * 2**20
 """Smaller data is encoded where it is needed, without a job; also what one task reads."""
-_FORMAT = 2
+_FORMAT = 3
 _RECORDS_PER_BATCH = 1024
 _SCHEMA = pa.schema(
     [
@@ -48,6 +48,7 @@ _SCHEMA = pa.schema(
         ("mask", pa.list_(pa.int8())),
         ("ranks", pa.list_(pa.int32())),
         ("kept", pa.list_(pa.int32())),
+        ("prompt_length", pa.int32()),
         ("ratings", pa.list_(pa.float64())),
         ("single_ratings", pa.list_(pa.list_(pa.float64()))),
     ]
@@ -72,6 +73,13 @@ class Encoded(Sequence[Item], Generic[Item]):
             np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
         )
         """Tokens of each item, over all its sequences."""
+        self.num_sequences: npt.NDArray[np.int64] = np.concatenate(
+            [np.diff(batch.column("ids").offsets.to_numpy()) for batch in self._rows]
+            or [np.zeros(0)]
+        ).astype(np.int64)
+        """Sequences of each item: 1, or the responses of a comparison."""
+        self.key = files[0].parent.name if files else ""
+        """Names the content: the same for the same records, tokenizer and limit of length."""
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -135,6 +143,7 @@ def comparisons(
             row["ranks"],
             row["record"],
             row["kept"],
+            row["prompt_length"],
             row["ratings"],
             row["single_ratings"],
         ),
@@ -255,6 +264,7 @@ def _row(
     record: Record, tokenizer: PreTrainedTokenizerFast, kind: Kind, max_length: int
 ) -> dict[str, Any] | None:
     empty: dict[str, Any] = {key: [] for key in _SCHEMA.names if key not in ("record", "ids")}
+    empty["prompt_length"] = 0
     if kind == "demonstration":
         example = encode_demonstration(record, tokenizer, max_length)
         if example is None:
@@ -269,6 +279,7 @@ def _row(
             "ids": ranked.ids,
             "ranks": ranked.ranks,
             "kept": ranked.kept,
+            "prompt_length": ranked.prompt_length,
             "ratings": ranked.ratings,
             "single_ratings": ranked.single_ratings,
         }

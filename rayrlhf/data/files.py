@@ -42,6 +42,9 @@ def _entries(recipe: Recipe) -> Iterator[tuple[str, str, str | None, Kind]]:
         yield "reward", "demonstrations", scored, "demonstration"
         yield "reward", "train", recipe.reward.train, "comparison"
         yield "reward", "validation", recipe.reward.validation, "comparison"
+    if recipe.dpo is not None:
+        yield "dpo", "train", recipe.dpo.train, "comparison"
+        yield "dpo", "validation", recipe.dpo.validation, "comparison"
     if recipe.ppo is not None:
         yield "ppo", "prompts", recipe.ppo.prompts, "prompt"
     if recipe.evaluate is not None:

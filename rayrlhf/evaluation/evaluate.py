@@ -102,7 +102,7 @@ def _say(text: str) -> None:
 
 
 def models_of(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's models by name: base, sft, then ppo or ppo_ptx; folders or a hub name.
+    """Return the recipe's models by name: base, sft, dpo, ppo or ppo_ptx; folders or a hub name.
 
     Raises RecipeError when one is missing.
     """
@@ -111,6 +111,8 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         written["base"] = recipe.path / "pretrain" / "final"
     if recipe.sft is not None:
         written["sft"] = recipe.path / "sft" / "final"
+    if recipe.dpo is not None:
+        written["dpo"] = recipe.path / "dpo" / "final"
     if recipe.ppo is not None:
         written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
     scoring = lineage.reward_models(recipe) if recipe.reward else ()
@@ -266,7 +268,7 @@ def _write(recipe: Recipe, results: dict[str, Any], seconds: float) -> Path:
     } | {"evaluate": seconds}
     curves: dict[str, plots.Records] = {
         stage: metrics.read_jsonl(recipe.path / stage / "metrics.jsonl")
-        for stage in ("pretrain", "sft", "reward", "ppo")
+        for stage in ("pretrain", "sft", "reward", "dpo", "ppo")
         if stage in recipe.stages
     }
     drawn = plots.figures(results, curves)

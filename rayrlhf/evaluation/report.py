@@ -285,7 +285,7 @@ def _samples_section(results: Results) -> str:
                 for judge, score in answer["scores"].items()
             )
             cut = "" if answer["ended"] else ' <span class="muted" title="cut off">…</span>'
-            trained = " trained" if model.startswith("ppo") else ""
+            trained = " trained" if model not in ("base", "sft") else ""
             answers.append(
                 f'<div class="answer{trained}"><div class="who">'
                 f"{escape(model_word(model))}</div><p>{escape(answer['text'].strip())}"

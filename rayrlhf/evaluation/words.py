@@ -1,12 +1,13 @@
 """What models, judges and stages are called in the report, in the order in which they appear."""
 
-MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 JUDGES = {"vader": "VADER", "reward": "the reward model"}
 STAGES = {
     "corpus": "Corpus",
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
+    "dpo": "DPO",
     "ppo": "PPO",
     "evaluate": "Evaluation",
 }

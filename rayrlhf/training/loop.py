@@ -1,4 +1,4 @@
-"""The one training loop of pretraining, SFT and reward modelling, as Ray Train workers run it.
+"""The one training loop of pretraining, SFT, reward modelling and DPO, as Ray Train runs it.
 
 A step is a pure function of (weights, optimizer, seed, step): the batch comes from (seed, step),
 dropout from (seed, step, rank). So a killed run that resumes from its newest checkpoint computes
@@ -85,7 +85,7 @@ def derived_numbers(stage: Stage) -> str:
     cfg, resources = stage.cfg, stage.recipe.resources
     ranks = resources.num_workers // resources.sequence_parallel
     each = "rank" if resources.sequence_parallel == 1 else f"{resources.sequence_parallel} ranks"
-    unit = "prompts" if stage.name == "reward" else "sequences"
+    unit = "prompts" if stage.name in ("reward", "dpo") else "sequences"
     return (
         f"{stage.name:>9} {stage.num_records} records, {stage.total_steps} steps of "
         f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per {each} on {ranks}, "
@@ -130,6 +130,7 @@ def run(stage: Stage, device: torch.device) -> None:
     best = best_of(stage.selection, cfg)
     if best is not None and newest is not None:
         best.load(newest / checkpoint.STATE_DIR)
+    stage.prepare(backend, resumed=newest is not None)
     log = (
         MetricsLogger(
             stage.folder, start_step=start, num_steps=total, trackers=stage.recipe.tracking

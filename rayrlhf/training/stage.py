@@ -146,6 +146,13 @@ class Stage(ABC):
         del backend, step
         return []
 
+    def prepare(self, backend: Backend, *, resumed: bool) -> None:
+        """Do what is due before the first step of this process; every rank calls it.
+
+        `resumed`: the module has the weights of a checkpoint, not those of the start model.
+        """
+        del backend, resumed
+
     def finish(self, backend: Backend) -> None:
         """Do what is due between the last step and saving `final`; every rank calls it."""
         del backend

@@ -58,6 +58,7 @@ def test_comparison_keeps_what_fits(tokenizer: PreTrainedTokenizerFast) -> None:
     ]
     (only,) = encode_comparisons(records, tokenizer, 10)
     assert (only.record, only.kept, only.ranks) == (0, [1, 2], [3, 2])
+    assert only.prompt_length == len(encode_text(tokenizer, "a"))
     eos = tokenizer.eos_token_id
     assert only.ids == [
         [*encode_text(tokenizer, "a"), *encode_text(tokenizer, t), eos] for t in "cd"

@@ -81,6 +81,8 @@ def test_the_same_as_in_memory(
     assert list(ranked) == [c for c in in_memory if len(set(c.ranks)) > 1]
     assert [c.record for c in ranked] == [0, 2]
     assert encoded.token_counts(ranked) == [sum(map(len, c.ids)) for c in ranked]
+    assert ranked.num_sequences.tolist() == [len(c.ids) for c in ranked]
+    assert ranked.key != found.key
     assert "1 of 4 comparisons rank all responses alike" in capsys.readouterr().out
 
     path = write(tmp_path / "p.jsonl", PROMPTS)

@@ -7,7 +7,7 @@ import pytest
 
 from rayrlhf.evaluation.plots import Figure, figures
 
-MODELS = ("base", "sft", "ppo")
+MODELS = ("base", "sft", "dpo", "ppo")
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def _results() -> dict[str, Any]:
         "win_rate_vs_sft": {
             "base": {"vader": 0.4, "reward": 0.3},
             "sft": half,
+            "dpo": {"vader": 0.65, "reward": 0.8},
             "ppo": {"vader": 0.7, "reward": 0.9},
         },
         "intervals": {
@@ -68,11 +69,11 @@ def _results() -> dict[str, Any]:
         "mean_score": dict.fromkeys(MODELS, half),
         "ratings_judge": "vader",
         "ratings": {m: {"elo": 1000.0, "low": 990.0, "high": 1010.0} for m in MODELS},
-        "distinct_2": {"base": 0.9, "sft": 0.8, "ppo": 0.6},
+        "distinct_2": {"base": 0.9, "sft": 0.8, "dpo": 0.7, "ppo": 0.6},
         "response_length": dict.fromkeys(MODELS, 7.5),
         "ended_fraction": dict.fromkeys(MODELS, 0.5),
-        "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "ppo": 2.5},
-        "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "ppo": 12.0},
+        "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "dpo": 3.0, "ppo": 2.5},
+        "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "dpo": 8.0, "ppo": 12.0},
         "held_out_loss": {m: {"movies": 4.0, "tweets": 4.5} for m in MODELS},
         "reward_model": {"movies": row, "tweets": {**row, "human_pair_accuracy": None}},
         "reward_model_calibration": [
@@ -132,4 +133,4 @@ def _curves() -> dict[str, list[dict[str, Any]]]:
         for s in range(1, 21)
     ]
     ppo[3]["policy/entropy"] = None
-    return {"pretrain": training, "sft": training, "reward": reward, "ppo": ppo}
+    return {"pretrain": training, "sft": training, "reward": reward, "dpo": reward, "ppo": ppo}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rayrlhf.config import Recipe, RecipeError, parse
+from rayrlhf.config import DPOConfig, Recipe, RecipeError, parse
 from rayrlhf.evaluation import evaluate as module
 from rayrlhf.evaluation.evaluate import evaluate
 from rayrlhf.generation import Completion
@@ -218,6 +218,14 @@ def test_the_model_of_ppo_ptx_has_its_name(run_dir: Path, tiny_model: Path) -> N
     mixed = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"ptx_coef": 0.1})})
     assert list(module.models_of(recipe)) == ["base", "sft", "ppo"]
     assert list(module.models_of(mixed)) == ["base", "sft", "ppo_ptx"]
+
+
+def test_dpo_stands_beside_ppo(run_dir: Path, tiny_model: Path) -> None:
+    recipe = recipe_of(run_dir, tiny_model).model_copy(update={"dpo": DPOConfig(train="x")})
+    with pytest.raises(RecipeError, match="dpo/final, which is no complete model"):
+        module.models_of(recipe)
+    shutil.copytree(run_dir / "ppo" / "final", run_dir / "dpo" / "final")
+    assert list(module.models_of(recipe)) == ["base", "sft", "dpo", "ppo"]
 
 
 def test_a_missing_model_is_named(run_dir: Path, tiny_model: Path) -> None:

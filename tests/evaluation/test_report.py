@@ -84,6 +84,7 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
         "training_pretrain",
         "training_sft",
         "training_reward",
+        "training_dpo",
         "ppo",
     }
     for figure in drawn:
@@ -106,12 +107,13 @@ def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> N
         "held_out_loss",
         "ratings",
     ):
-        del results[key]["ppo"]
+        del results[key]["ppo"], results[key]["dpo"]
     for table in (results["win_rate_vs_sft"], results["intervals"]["win_rate_vs_sft"]):
         for judges in table.values():
             judges.pop("reward", None)
     results |= {"judges": ["vader"], "reward_model": {}, "reward_model_calibration": []}
-    results["samples"][0]["answers"].pop("ppo")
+    for model in ("dpo", "ppo"):
+        results["samples"][0]["answers"].pop(model)
     drawn = figures(results, {"sft": curves["sft"]})
     assert {figure.name for figure in drawn} == {"win_rate", "entropy", "training_sft"}
     page = render(results, drawn, recipe_yaml="")

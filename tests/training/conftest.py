@@ -87,6 +87,7 @@ def make_recipe(tmp_path: Path, tiny_tokenizer: Path, tiny_model: Path) -> Calla
             "pretrain": {"sample_prompts": ["A"], "num_samples": 2},
             "sft": {"train": data["sft"], "validation": data["sft"]},
             "reward": {"train": data["reward"], "validation": data["reward"]},
+            "dpo": {"train": data["reward"], "validation": data["reward"]},
         }
         common = {
             "batch_size": 4,

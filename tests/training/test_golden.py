@@ -17,6 +17,7 @@ import torch
 from rayrlhf.config import Recipe
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training import loop
+from rayrlhf.training.dpo import DPOStage
 from rayrlhf.training.pretrain import PretrainStage
 from rayrlhf.training.reward import RewardStage
 from rayrlhf.training.sft import SFTStage
@@ -32,6 +33,7 @@ CURVES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
     "reward.pairwise": (RewardStage, {"loss": "pairwise", "ties": "half"}),
     "reward.margin": (RewardStage, {"loss": "margin", "center_coef": 0.01}),
     "reward.individual": (RewardStage, {"raters": "individual"}),
+    "dpo": (DPOStage, {}),
 }
 
 

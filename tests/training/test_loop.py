@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayrlhf.config import Recipe
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training import checkpoint, loop
+from rayrlhf.training.dpo import DPOStage
 from rayrlhf.training.pretrain import PretrainStage
 from rayrlhf.training.reward import RewardStage
 from rayrlhf.training.sft import SFTStage
@@ -48,7 +49,7 @@ def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage])
+@pytest.mark.parametrize("kind", [PretrainStage, SFTStage, RewardStage, DPOStage])
 @pytest.mark.parametrize("killed_at", range(1, 6))
 def test_resume_equals_uninterrupted(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: type[Stage], killed_at: int

@@ -23,6 +23,7 @@ def figures(results: Mapping[str, Any], curves: Mapping[str, Records]) -> list[F
         calibration(results),
         entropy(results),
     ]
-    drawn += [training(stage, curves.get(stage, ())) for stage in ("pretrain", "sft", "reward")]
+    trained = ("pretrain", "sft", "reward", "dpo")
+    drawn += [training(stage, curves.get(stage, ())) for stage in trained]
     drawn.append(ppo(curves.get("ppo", ())))
     return [figure for figure in drawn if figure is not None]

@@ -39,6 +39,7 @@ LIGHT = Theme(
     {
         "base": "#8a93a3",
         "sft": "#2f6fd6",
+        "dpo": "#8a4fd3",
         "ppo": "#d9541e",
         "ppo_ptx": "#b3261e",
         "human": "#1f9d74",
@@ -55,6 +56,7 @@ DARK = Theme(
     {
         "base": "#9aa4b5",
         "sft": "#6ea1ff",
+        "dpo": "#b58cff",
         "ppo": "#ff8a5c",
         "ppo_ptx": "#ff6b61",
         "human": "#4fd0a5",

@@ -27,7 +27,8 @@ def training(stage: str, records: Records) -> Figure | None:
 
     def draw(theme: Theme, canvas: Canvas) -> None:
         axes = canvas.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
-        axes[0].set_title("loss" if stage == "reward" else "loss, nats per token", color=theme.text)
+        unit = "" if stage in ("reward", "dpo") else ", nats per token"
+        axes[0].set_title(f"loss{unit}", color=theme.text)
         line(axes[0], theme, steps, losses, "sft", "training")
         for key in held_out:
             at, values = series(records, key)
