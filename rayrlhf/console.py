@@ -79,8 +79,11 @@ class Progress:
             self._bar = tqdm(desc=stage, file=_terminal.get("out", sys.stdout), dynamic_ncols=True)
 
     def show(self, kind: str, record: dict[str, Any]) -> None:
-        """Take one line of metrics.jsonl or samples.jsonl."""
+        """Take one line of metrics.jsonl, samples.jsonl or notes.jsonl."""
         step = int(record["step"])
+        if kind == "notes":
+            self._line(f"{self.stage:>9} step {step:>5}  {record['text']}")
+            return
         if kind == "samples":
             prompt, text = (" ".join(str(record[key]).split()) for key in ("prompt", "text"))
             self._line(f"{self.stage:>9} step {step:>5}  sample: {prompt} | {text}")

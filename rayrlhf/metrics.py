@@ -41,6 +41,8 @@ ADDRESSES = {"mlflow": "MLFLOW_TRACKING_URI"}
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
+KINDS = ("metrics", "samples", "notes")
+"""Files of a stage, without `.jsonl`."""
 PROJECT = "rayrlhf"
 """Of W&B, and experiment of MLflow: both show runs of one project beside each other."""
 
@@ -57,6 +59,8 @@ class Tracker(Protocol):
 
 class MetricsLogger:
     """Append one JSON object per step to `<stage_dir>/metrics.jsonl`; samples to samples.jsonl.
+
+    What a person should look at goes to notes.jsonl, which is there only then.
 
     `start_step` is the step of the checkpoint that the run resumes from: lines after it belong
     to work that was lost, and are removed, so that every step stands in the file once.
@@ -76,7 +80,8 @@ class MetricsLogger:
         self.num_steps = num_steps
         self.path = self.dir / "metrics.jsonl"
         self.samples_path = self.dir / "samples.jsonl"
-        for path in (self.path, self.samples_path):
+        self.notes_path = self.dir / "notes.jsonl"
+        for path in (self.path, self.samples_path, self.notes_path):
             _keep_until(path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._samples = self.samples_path.open("a", encoding="utf-8")
@@ -94,6 +99,12 @@ class MetricsLogger:
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
         """Write one generated text with its prompt to samples.jsonl."""
         _append(self._samples, {"step": step, "time": time.time(), **record})
+
+    def note(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write what a person should look at, with a `text` for the terminal, to notes.jsonl."""
+        values = {k: _finite(v) if isinstance(v, float) else v for k, v in record.items()}
+        with self.notes_path.open("a", encoding="utf-8") as file:
+            _append(file, {"step": step, "time": time.time(), **values})
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -119,12 +130,12 @@ def is_installed(tracker: str) -> bool:
 def follow(
     stage_dir: str | Path, show: Callable[[str, dict[str, Any]], None], *, interval_s: float = 0.5
 ) -> Iterator[None]:
-    """Call `show("metrics" | "samples", record)` for every line that the block's work appends.
+    """Call `show(kind, record)` for every line of KINDS that the block's work appends.
 
     Lines that are there before the block starts are not shown. Reading goes on in a thread, every
     `interval_s` seconds, and once more at the end.
     """
-    tails = {kind: _Tail(Path(stage_dir) / f"{kind}.jsonl") for kind in ("metrics", "samples")}
+    tails = {kind: _Tail(Path(stage_dir) / f"{kind}.jsonl") for kind in KINDS}
     stop = threading.Event()
 
     def read() -> None:

@@ -25,6 +25,7 @@ from rayrlhf.config.section import (
 from rayrlhf.config.training import (
     EarlyStopping,
     LoraConfig,
+    LossSpikeConfig,
     PretrainConfig,
     RoleTrainingConfig,
     SFTConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "Filter",
     "Fraction",
     "LoraConfig",
+    "LossSpikeConfig",
     "ModelConfig",
     "NearDuplicates",
     "NonNegative",

@@ -1,7 +1,7 @@
 """The whole recipe, and the rules that hold between its sections."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +14,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ResourcesConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.section import Section
+from rayrlhf.config.sizes import fill
 from rayrlhf.config.training import PretrainConfig, SFTConfig, StageConfig
 
 STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate")
@@ -72,6 +73,11 @@ class Recipe(Section):
             "dpo": self.dpo,
         }
         return sections.get(stage)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_size(cls, tree: Any) -> Any:
+        return fill(tree) if isinstance(tree, dict) else tree
 
     @field_validator("run_dir")
     @classmethod

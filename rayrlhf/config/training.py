@@ -1,10 +1,13 @@
 """Optimizer, schedule and backend of every trained model; the stages that Ray Train runs."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+WARMUP_KEYS = ("warmup_steps", "warmup_tokens")
+"""What takes the place of `warmup_ratio`."""
 
 
 class TrainingConfig(Section):
@@ -17,7 +20,9 @@ class TrainingConfig(Section):
     min_learning_rate_ratio: Fraction = 0.1
     """Final over peak learning rate of the cosine (GPT-3, arXiv:2005.14165: 0.1)."""
     warmup_ratio: Fraction = 0.0
-    """Part of the steps with a linear warm-up."""
+    """Part of the steps with a linear warm-up; with `warmup_steps`, 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Instead of a ratio: the warm-up's optimizer steps (LLaMA, arXiv:2302.13971: 2,000)."""
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
     """0.95 in GPT-3, LLaMA and InstructGPT."""
@@ -51,6 +56,19 @@ class TrainingConfig(Section):
                 "layers: set compile=false, or a lower zero_stage"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up_in_one_unit(cls, tree: Any) -> Any:
+        given = [key for key in WARMUP_KEYS if isinstance(tree, dict) and tree.get(key) is not None]
+        if given and tree.get("warmup_ratio"):
+            given.insert(0, "warmup_ratio")
+        if len(given) > 1:
+            said = " and ".join(f"{key}={tree[key]}" for key in given)
+            raise ValueError(
+                f"{said} both say how long the warm-up is: keep one, take out the rest"
+            )
+        return {"warmup_ratio": 0.0, **tree} if given else tree
 
     @model_validator(mode="after")
     def _zero_needs_deepspeed(self) -> Self:
@@ -138,6 +156,23 @@ class StageConfig(TrainingConfig):
         return self
 
 
+class LossSpikeConfig(Section):
+    """Leave out the update of a step whose loss or gradient norm is far above the recent ones.
+
+    The rule and its defaults are those of OLMo 2 32B's optimizer (OLMo-core, SkipStepAdamW); PaLM
+    (arXiv:2204.02311, section 5.1) went back and left out 200 to 500 batches by hand.
+    """
+
+    window: Annotated[int, Field(ge=4)] = 128
+    """Newest updates whose mean and standard deviation say what is usual; before half of them are
+    there, nothing is left out."""
+    threshold: PositiveFloat = 6.0
+    """Standard deviations above the mean from which on a value is a spike."""
+    max_consecutive: Positive = 10
+    """So many skipped steps in a row are no spike: one more ends the run. A choice of this project:
+    PaLM saw that the same batches are harmless to other weights, so skips come singly."""
+
+
 class PretrainConfig(StageConfig):
     """Next-token prediction on the packed corpus."""
 
@@ -150,10 +185,23 @@ class PretrainConfig(StageConfig):
     learning_rate: PositiveFloat = 6e-4
     """GPT-3 small (arXiv:2005.14165, table 2.1)."""
     warmup_ratio: Fraction = 0.02
+    warmup_tokens: Positive | None = None
+    """Instead of a ratio or steps: tokens over which the warm-up is linear (GPT-3: 375 million)."""
+    decay_tokens: Positive | None = None
+    """Tokens, the warm-up's included, at which the cosine ends; the rate stays at its minimum from
+    then on (GPT-3: 260 of 300 billion). None: at the last step."""
+    batch_size_start: Positive | None = None
+    """Sequences of the first step; from there the batch grows to `batch_size` over
+    `batch_ramp_tokens`, linearly in the tokens seen (GPT-3: from 32k tokens)."""
+    batch_ramp_tokens: Positive | None = None
+    """Tokens over which the batch grows (GPT-3: the first 4 to 12 billion, by size of model)."""
     weight_decay: NonNegative = 0.1
     """GPT-3 and LLaMA."""
+    loss_spike: LossSpikeConfig | None = None
+    """Skip spikes; None updates at every step whose gradient is finite. `{}` takes the defaults."""
     num_samples: Annotated[int, Field(ge=0)] = 5
-    """How many times, evenly spaced, generated samples are printed while training."""
+    """How many times generated samples are printed while training: after the first step, after the
+    last, and between them evenly on a logarithmic scale."""
     sample_prompts: tuple[str, ...] = ("The movie",)
     """Openings that the printed samples continue."""
 
@@ -163,6 +211,26 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "pretrain.lora: pretraining has no frozen weights: take lora out, or give it to "
                 "sft, reward or dpo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        if (self.batch_size_start is None) != (self.batch_ramp_tokens is None):
+            raise ValueError(
+                f"pretrain.batch_size_start={self.batch_size_start} and "
+                f"pretrain.batch_ramp_tokens={self.batch_ramp_tokens}: a ramp needs both: set "
+                "both, or neither"
+            )
+        if self.batch_size_start is not None and self.batch_size_start > self.batch_size:
+            raise ValueError(
+                f"pretrain.batch_size_start={self.batch_size_start} is larger than "
+                f"pretrain.batch_size={self.batch_size}, but batches grow: lower the start"
+            )
+        if self.decay_tokens is not None and self.decay_tokens <= (self.warmup_tokens or 0):
+            raise ValueError(
+                f"pretrain.decay_tokens={self.decay_tokens} is not beyond "
+                f"pretrain.warmup_tokens={self.warmup_tokens}, which it includes: raise it"
             )
         return self
 

@@ -35,6 +35,7 @@ __all__ = [
     "number_documents",
     "pad",
     "read_records",
+    "records_between",
     "shard",
 ]
 
@@ -178,15 +179,20 @@ def fitting_prompts(
 
 
 def batch_indices(*, seed: int, step: int, batch_size: int, num_records: int) -> list[int]:
-    """Return the records of step `step` (from 0): a pure function of its arguments.
+    """Return the records of step `step` (from 0) where every batch has `batch_size` of them."""
+    start = step * batch_size
+    return records_between(start, start + batch_size, seed=seed, num_records=num_records)
+
+
+def records_between(start: int, stop: int, *, seed: int, num_records: int) -> list[int]:
+    """Return the records at these positions of the order: a pure function of its arguments.
 
     The order is one permutation per epoch, end to end: every record occurs once per epoch and
     none is dropped; a batch may hold the end of one epoch and the beginning of the next.
     """
-    start = step * batch_size
     return [
         int(_permutation(seed, position // num_records, num_records)[position % num_records])
-        for position in range(start, start + batch_size)
+        for position in range(start, stop)
     ]
 
 

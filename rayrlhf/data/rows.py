@@ -1,7 +1,7 @@
 """Rows of a corpus: written as shards, read out of memory-mapped files, or in ranges of a bucket.
 
 A row is named by its number; every shard holds its rows end to end at an offset that the manifest
-knows, so reading one needs nothing but its place. Which rows a step takes is `batch_indices`.
+knows, so reading one needs nothing but its place. Which rows a step takes is `records_between`.
 """
 
 import hashlib

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -43,6 +43,8 @@ from rayrlhf.models.sequence import WHOLE, WholeSequence
 
 INIT_STD = 0.02
 """Of every matrix (GPT-2)."""
+RESIDUAL_MATRICES = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
+"""Names of those that write to the residual stream, in Llama and in GPT-2."""
 LOGITS_BYTES = 2**29
 """Logits (n, V) in float32 up to this size are kept for the backward pass; larger ones are never
 held: computed for so many tokens at a time, and once more in the backward pass."""
@@ -133,40 +135,76 @@ class CausalLMModel(nn.Module):
 
 
 def build_causal_lm(
-    cfg: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int
-) -> LlamaForCausalLM:
-    """Build a Llama-like model in float32 with random weights, the same for a seed.
+    cfg: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    pad_token_id: int,
+    seed: int,
+    dropout: float = 0.0,
+) -> PreTrainedModel:
+    """Build a model in float32 with random weights, the same for a seed.
 
     Matrices are normal(0, 0.02), those that write to the residual stream divided by sqrt(2 layers)
-    (GPT-2). The global random state stays as it was.
+    (GPT-2). The global random state stays as it was. `dropout` as in `load_causal_lm`.
     """
-    config = LlamaConfig(
-        vocab_size=vocab_size,
+    config = _config(cfg, vocab_size, dropout)
+    config.update(
+        {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim < 2:
+            nn.init.ones_(parameter)
+        else:
+            writes_residual = name.endswith(RESIDUAL_MATRICES)
+            std = residual_std if writes_residual else INIT_STD
+            nn.init.normal_(parameter, std=std, generator=generator)
+    add_residual_dropout(model, dropout)
+    return model.eval()
+
+
+def parameter_shapes(cfg: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the parameters' shapes of `build_causal_lm`'s model, shared ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(cfg, vocab_size))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _config(cfg: ModelConfig, vocab_size: int, dropout: float = 0.0) -> PreTrainedConfig:
+    config = _gpt2_config(cfg, dropout) if cfg.architecture == "gpt2" else _llama_config(cfg)
+    config.update({"vocab_size": vocab_size, "tie_word_embeddings": cfg.tie_embeddings})
+    return config
+
+
+def _llama_config(cfg: ModelConfig) -> PreTrainedConfig:
+    return LlamaConfig(
         hidden_size=cfg.hidden_size,
         intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads,
         num_key_value_heads=cfg.num_kv_heads,
         max_position_embeddings=cfg.max_length,
-        tie_word_embeddings=cfg.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config)
-    model.model.embed_tokens.padding_idx = None
-    generator = torch.Generator().manual_seed(seed)
-    residual_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            nn.init.ones_(parameter)
-        else:
-            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = residual_std if writes_residual else INIT_STD
-            nn.init.normal_(parameter, std=std, generator=generator)
-    return model.eval()
+
+
+def _gpt2_config(cfg: ModelConfig, dropout: float) -> PreTrainedConfig:
+    return GPT2Config(
+        n_embd=cfg.hidden_size,
+        n_inner=cfg.intermediate_size,
+        n_layer=cfg.num_layers,
+        n_head=cfg.num_heads,
+        n_positions=cfg.max_length,
+        resid_pdrop=dropout,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
 
 
 def load_causal_lm(

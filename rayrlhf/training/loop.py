@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
-from rayrlhf.data.datasets import batch_indices, shard
+from rayrlhf.data.datasets import shard
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
@@ -86,10 +86,12 @@ def derived_numbers(stage: Stage) -> str:
     ranks = resources.num_workers // resources.sequence_parallel
     each = "rank" if resources.sequence_parallel == 1 else f"{resources.sequence_parallel} ranks"
     unit = "prompts" if stage.name in ("reward", "dpo") else "sequences"
+    first = stage.batch_sizes.before(1)
+    grows = f"{first} to " if first < cfg.batch_size else ""
     return (
         f"{stage.name:>9} {stage.num_records} records, {stage.total_steps} steps of "
-        f"{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per {each} on {ranks}, "
-        f"micro-batches of up to {cfg.tokens_per_microbatch} tokens"
+        f"{grows}{cfg.batch_size} {unit}, on average {cfg.batch_size / ranks:g} per {each} on "
+        f"{ranks}, micro-batches of up to {cfg.tokens_per_microbatch} tokens"
     )
 
 
@@ -124,9 +126,11 @@ def run(stage: Stage, device: torch.device) -> None:
         device=device,
         sequence_parallel=stage.recipe.resources.sequence_parallel,
     )
+    backend.rate = stage.learning_rate
     meter = Meter(flops, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
+        stage.load_state(newest / checkpoint.STATE_DIR)
     best = best_of(stage.selection, cfg)
     if best is not None and newest is not None:
         best.load(newest / checkpoint.STATE_DIR)
@@ -147,6 +151,7 @@ def run(stage: Stage, device: torch.device) -> None:
         torch.manual_seed(_seed(stage.recipe.seed, step, backend.rank))
         metrics = train_step(stage, backend, step, micros)
         metrics |= meter.metrics(micros, metrics["time/step_s"])
+        note = stage.observe(step, metrics)
         metrics["time/data_wait_s"] = backend.global_max(waited)
         if step == total or _due(step, cfg.eval_every):
             metrics |= stage.evaluate(backend)
@@ -154,6 +159,8 @@ def run(stage: Stage, device: torch.device) -> None:
         samples = stage.samples(backend, step)
         if log is not None:
             log.log(step, metrics)
+            if note is not None:
+                log.note(step, note)
             for sample in samples:
                 log.sample(step, sample)
         if step < total and (is_best or _due(step, cfg.save_every)):
@@ -195,12 +202,7 @@ class Prefetch:
 
     def _read(self, step: int) -> list[Any]:
         stage = self._stage
-        indices = batch_indices(
-            seed=stage.recipe.seed,
-            step=step - 1,
-            batch_size=stage.cfg.batch_size,
-            num_records=stage.num_records,
-        )
+        indices = stage.batch(step - 1)
         mine = shard(indices, self._rank, self._world_size, stage.costs(indices))
         return stage.microbatches(mine)
 
@@ -217,15 +219,17 @@ def train_step(stage: Stage, backend: Backend, step: int, micros: list[Any]) -> 
         loss_sum, sums = stage.loss(backend, micro.to(backend.device))
         backend.backward(loss_sum, count, is_last=index == len(micros) - 1)
         add(totals, sums)
-    update = backend.step()
+    # Before the update, since a spike has none.
     values = backend.global_sums([float(total) for total in totals.values()])
+    metrics = stage.metrics(dict(zip(totals, values, strict=True)), count)
+    update = backend.step(stage.norm_limit(metrics))
     step_s = time.perf_counter() - started
     return {
-        **stage.metrics(dict(zip(totals, values, strict=True)), count),
+        **metrics,
         **update,
         "tokens": num_tokens,
         "tokens_per_s": num_tokens / step_s,
-        "epoch": step * stage.cfg.batch_size / stage.num_records,
+        "epoch": stage.batch_sizes.before(step) / stage.num_records,
         "time/step_s": step_s,
     }
 
@@ -253,6 +257,7 @@ def save(stage: Stage, backend: Backend, step: int | None, best: Best | None = N
             (folder / checkpoint.STATE_DIR).mkdir()
             if best is not None:
                 best.save(folder / checkpoint.STATE_DIR)
+            stage.save_state(folder / checkpoint.STATE_DIR)
     backend.barrier()
     if step is not None:
         backend.save_state(folder / checkpoint.STATE_DIR)

@@ -4,7 +4,8 @@ As in GPT-3 a row runs over the ends of documents, with end-of-text between them
 but a row's first is predicted; with `pretrain.documents: apart` documents do not see each other.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows, check_shards, read_manifest
 from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
-from rayrlhf.models.folder import add_residual_dropout
-from rayrlhf.training.backend import Backend
+from rayrlhf.training.backend import Backend, warmup_steps
 from rayrlhf.training.language_model import LanguageModelStage, TextBatch, continuations
 from rayrlhf.training.loop import train_stage
+from rayrlhf.training.schedule import BatchSizes, warmup_cosine
+from rayrlhf.training.spikes import SpikeGuard
 
 SAMPLE_TOKENS = 24
 
@@ -59,6 +61,8 @@ class PretrainStage(LanguageModelStage):
         if self.start is not None:
             self.start = builtin.resolve(self.start)
             self.check_model(self.start)
+        spikes = self.cfg.loss_spike
+        self.spikes = SpikeGuard(spikes) if spikes is not None else None
 
     @property
     def cfg(self) -> PretrainConfig:
@@ -68,6 +72,40 @@ class PretrainStage(LanguageModelStage):
     @property
     def num_records(self) -> int:
         return len(self.rows)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Records of each step; a ramp's tokens are taken as whole rows of the corpus."""
+        cfg = self.cfg
+        if cfg.batch_ramp_tokens is None:
+            return BatchSizes(cfg.batch_size)
+        ramp = -(-cfg.batch_ramp_tokens // self.rows.row_length)
+        return BatchSizes(cfg.batch_size, cfg.batch_size_start, ramp)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step` (from 0), by tokens where the recipe gives them.
+
+        The tokens are those of the rows, filling included.
+        """
+        cfg = self.cfg
+        if cfg.warmup_tokens is None and cfg.decay_tokens is None:
+            return super().learning_rate(step)
+
+        def tokens(step: int) -> int:
+            return self.batch_sizes.before(step) * self.rows.row_length
+
+        warmup = cfg.warmup_tokens
+        if warmup is None:
+            warmup = tokens(warmup_steps(cfg, self.total_steps))
+        end = cfg.decay_tokens
+        return warmup_cosine(
+            tokens(step),
+            tokens(step + 1),
+            peak=cfg.learning_rate,
+            warmup=warmup,
+            end=tokens(self.total_steps - 1) if end is None else end,
+            floor=cfg.min_learning_rate_ratio,
+        )
 
     def build(self, checkpoint: Path | None) -> CausalLMModel:
         start = checkpoint or self.start
@@ -79,8 +117,8 @@ class PretrainStage(LanguageModelStage):
             seed=self.recipe.seed,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            dropout=self.cfg.dropout,
         )
-        add_residual_dropout(model, self.cfg.dropout)
         return CausalLMModel(model)
 
     def _check_tokenizer(self, corpus: str, manifest: dict[str, Any]) -> None:
@@ -128,10 +166,38 @@ class PretrainStage(LanguageModelStage):
             metrics["eval/loss"] = total_loss / total_tokens
         return metrics
 
+    def norm_limit(self, metrics: Mapping[str, float]) -> float:
+        return math.inf if self.spikes is None else self.spikes.norm_limit(metrics["loss"])
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+        """Return the spike that step `step` was skipped for, with the rows of its batch."""
+        if self.spikes is None:
+            return None
+        skip = self.spikes.observe(step, metrics["loss"], metrics["grad_norm"])
+        if skip is None:
+            return None
+        rows = self.batch(step - 1)
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        return {
+            "text": f"skipped: {skip.what} {skip.value:.4g} is above {skip.limit:.4g}; "
+            f"{len(rows)} rows of the corpus: {shown}",
+            "what": skip.what,
+            "value": skip.value,
+            "limit": skip.limit,
+            "rows": rows,
+        }
+
+    def save_state(self, folder: Path) -> None:
+        if self.spikes is not None:
+            self.spikes.save(folder)
+
+    def load_state(self, folder: Path) -> None:
+        if self.spikes is not None:
+            self.spikes.load(folder)
+
     def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
-        """Continue every sample prompt, `num_samples` times over the run, the last at its end."""
-        num = min(self.cfg.num_samples, self.total_steps)
-        if step not in {round(self.total_steps * (i + 1) / num) for i in range(num)}:
+        """Continue every sample prompt, at `num_samples` steps of the run."""
+        if step not in log_spaced(self.cfg.num_samples, self.total_steps):
             return []
         records = []
         for prompt in self.cfg.sample_prompts:
@@ -146,3 +212,17 @@ class PretrainStage(LanguageModelStage):
                 {"prompt": prompt, "text": text, "kind": kind} for kind, text in texts.items()
             ]
         return records
+
+
+def log_spaced(num: int, last: int) -> list[int]:
+    """Return `num` steps (or all, if they are fewer), from 1 to `last` evenly by their logarithm.
+
+    One is the last step only. Where rounding would join two, the later one moves on.
+    """
+    num = min(num, last)
+    if num == 1:
+        return [last]
+    steps: list[int] = []
+    for i in range(num):
+        steps.append(max(round(last ** (i / (num - 1))), steps[-1] + 1 if steps else 1))
+    return steps

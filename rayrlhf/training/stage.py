@@ -1,5 +1,6 @@
 """What a stage plugs into the loop: model, data, loss, evaluation, and what a micro-batch is."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from rayrlhf import lineage
 from rayrlhf.config import Recipe, StageConfig
 from rayrlhf.data import builtin, encoded
-from rayrlhf.data.datasets import Example
+from rayrlhf.data.datasets import Example, records_between
 from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.models import lora
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.sequence import check_splits
-from rayrlhf.training.backend import Backend
+from rayrlhf.training.backend import Backend, learning_rate
 from rayrlhf.training.best import Selection
+from rayrlhf.training.schedule import BatchSizes
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,29 @@ class Stage(ABC):
         """Training records: rows, demonstrations or comparisons."""
 
     @property
+    def batch_sizes(self) -> BatchSizes:
+        """Records of each optimizer step."""
+        return BatchSizes(self.cfg.batch_size)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps: `epochs` over the records, the last batch filled from the next epoch."""
-        steps = -(-round(self.cfg.epochs * self.num_records) // self.cfg.batch_size)
+        steps = self.batch_sizes.steps(round(self.cfg.epochs * self.num_records))
         return max(1, steps if self.cfg.max_steps is None else min(steps, self.cfg.max_steps))
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (from 0)."""
+        return learning_rate(step, self.cfg, self.total_steps)
+
+    def batch(self, step: int) -> list[int]:
+        """Return the records of optimizer step `step` (from 0)."""
+        sizes = self.batch_sizes
+        return records_between(
+            sizes.before(step),
+            sizes.before(step + 1),
+            seed=self.recipe.seed,
+            num_records=self.num_records,
+        )
 
     @abstractmethod
     def build(self, checkpoint: Path | None) -> nn.Module:
@@ -152,6 +173,24 @@ class Stage(ABC):
         `resumed`: the module has the weights of a checkpoint, not those of the start model.
         """
         del backend, resumed
+
+    def norm_limit(self, metrics: Mapping[str, float]) -> float:
+        """Return the largest gradient norm that updates after a step's metrics; -1: none does."""
+        del metrics
+        return math.inf
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+        """Take the metrics of step `step` (from 1); return what there is to note, with a `text`."""
+        del step, metrics
+        return None
+
+    def save_state(self, folder: Path) -> None:
+        """Write what the stage itself has to remember into a checkpoint; one rank calls it."""
+        del folder
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`; every rank calls it."""
+        del folder
 
     def finish(self, backend: Backend) -> None:
         """Do what is due between the last step and saving `final`; every rank calls it."""

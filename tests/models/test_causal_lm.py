@@ -371,6 +371,35 @@ def test_build_is_a_function_of_the_seed_and_leaves_the_global_state() -> None:
     assert uniform == pytest.approx(-torch.tensor(500.0).log().item(), abs=0.1)
 
 
+def test_gpt2_is_built_as_gpt2(tmp_path: Path) -> None:
+    cfg = ModelConfig(
+        architecture="gpt2",
+        hidden_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        intermediate_size=192,
+        max_length=40,
+    )
+    model = build_causal_lm(
+        cfg, vocab_size=500, eos_token_id=0, pad_token_id=1, seed=4, dropout=0.3
+    )
+    layer = model.transformer.h[0]
+    assert layer.mlp.c_fc.weight.shape == (48, 192)
+    assert model.transformer.wpe.weight.shape == (40, 48)
+    assert layer.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for matrix in (layer.mlp.c_proj, layer.attn.c_proj):
+        assert matrix.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+        assert not matrix.bias.any()
+    assert (layer.ln_1.weight == 1).all() and not layer.ln_1.bias.any()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert (layer.mlp.dropout.p, model.transformer.drop.p) == (0.3, 0.0)
+    CausalLMModel(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(500, (2, 40))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_folder_loads_in_plain_transformers(family: str, tied: bool, tmp_path: Path) -> None:

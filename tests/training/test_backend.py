@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from rayrlhf.config import RecipeError, TrainingConfig
+from rayrlhf.config import ModelConfig, RecipeError, TrainingConfig
+from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
 from rayrlhf.training.backend import (
     Backend,
     DDPBackend,
@@ -174,6 +175,42 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert sorted(p.shape for p in groups[0]["params"]) == [(1, 8), (8, 6)]
     assert len(groups[1]["params"]) == 5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_decays_of_a_language_model(architecture: Any, tied: bool) -> None:
+    """A tied head is the embedding; a head of its own, and GPT-2's Conv1D, are matrices."""
+    cfg = ModelConfig(
+        architecture=architecture,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        intermediate_size=24,
+        max_length=8,
+        tie_embeddings=tied,
+    )
+    model = CausalLMModel(
+        build_causal_lm(cfg, vocab_size=11, eos_token_id=0, pad_token_id=1, seed=0)
+    )
+    decayed, others = make_optimizer(model, TrainingConfig(weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [
+        {names[id(parameter)].removeprefix("hf.") for parameter in group["params"]}
+        for group in (decayed, others)
+    ]
+    assert sum(map(len, found)) == len(names)
+    kinds = {
+        "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    }[architecture]
+    matrices = {n for n in found[0] if n.endswith(tuple(f"{kind}.weight" for kind in kinds))}
+    assert len(matrices) == len(kinds)
+    assert found[0] - matrices == (set() if tied else {"lm_head.weight"})
+    spared = ("norm", ".ln_", "bias", "embed_tokens", "wte", "wpe")
+    assert all(any(part in name for part in spared) for name in found[1])
 
 
 def test_schedule() -> None:

@@ -9,6 +9,7 @@ import pytest
 from rayrlhf.config import Recipe
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training.checkpoint import newest_checkpoint
+from rayrlhf.training.pretrain import PretrainStage
 from rayrlhf.training.sft import SFTStage
 from tests.training.ranks import Run, run_on_ranks
 from tests.training.test_loop import comparable
@@ -35,8 +36,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
-def curve(recipe: Recipe, key: str = "loss") -> list[float]:
-    return [line[key] for line in read_jsonl(recipe.path / "sft" / "metrics.jsonl") if key in line]
+def curve(recipe: Recipe, key: str = "loss", stage: str = "sft") -> list[float]:
+    return [line[key] for line in read_jsonl(recipe.path / stage / "metrics.jsonl") if key in line]
 
 
 def test_resume_equals_uninterrupted_and_losses_equal_ddps(
@@ -53,7 +54,15 @@ def test_resume_equals_uninterrupted_and_losses_equal_ddps(
         Run(recipe, SFTStage, 5 if run == "killed" else None)
         for (_, run), recipe in recipes.items()
     ]
+    # So small a window and threshold that an ordinary norm is a spike.
+    guard = {"loss_spike": {"window": 4, "threshold": 4.0}, "max_steps": 9, "save_every": 4}
+    guarded = {
+        name: make_recipe(f"{name}-guarded", pretrain={**guard, **section})
+        for name, section in BACKENDS.items()
+    }
+    runs += [Run(recipe, PretrainStage, 5) for recipe in guarded.values()]
     run_on_ranks(runs, 2, tmp_path)
+    check_skips(guarded)
 
     reference = recipes["ddp", "whole"]
     for name in BACKENDS:
@@ -70,3 +79,18 @@ def test_resume_equals_uninterrupted_and_losses_equal_ddps(
                 close = pytest.approx(curve(reference, key), rel=1e-4)
                 assert curve(recipes[name, "whole"], key) == close, (name, key)
     assert curve(reference)[-1] < curve(reference)[0]
+
+
+def check_skips(recipes: Mapping[str, Recipe]) -> None:
+    """Check that every backend skips the same steps, resumed on the way, and moves alike."""
+    notes = read_jsonl(recipes["ddp"].path / "pretrain" / "notes.jsonl")
+    assert 0 < len(notes) < 5
+    for name, recipe in recipes.items():
+        found = read_jsonl(recipe.path / "pretrain" / "notes.jsonl")
+        skipped = curve(recipe, "skipped_steps", "pretrain")
+        assert skipped[-1] == len(found) > 0, name
+        if "bfloat16" not in name:
+            assert [note["step"] for note in found] == [note["step"] for note in notes], name
+            for key in ("loss", "grad_norm", "eval/loss"):
+                expected = pytest.approx(curve(recipes["ddp"], key, "pretrain"), rel=1e-4)
+                assert curve(recipe, key, "pretrain") == expected, (name, key)

@@ -26,8 +26,17 @@ from rayrlhf.training.stage import Stage
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden_losses.json"
 
 
+# A batch that grows, a rate by tokens, and a guard that skips ordinary steps.
+SCHEDULED = {
+    "batch_size_start": 1,
+    "batch_ramp_tokens": 160,
+    "warmup_tokens": 100,
+    "decay_tokens": 500,
+    "loss_spike": {"window": 4, "threshold": 0.5},
+}
 CURVES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
     "pretrain": (PretrainStage, {}),
+    "pretrain.scheduled": (PretrainStage, SCHEDULED),
     "sft": (SFTStage, {}),
     "reward": (RewardStage, {}),
     "reward.pairwise": (RewardStage, {"loss": "pairwise", "ties": "half"}),
@@ -50,5 +59,7 @@ def test_loss_curve_is_the_golden_one(make_recipe: Callable[..., Recipe], name: 
     if os.environ.get("RAYRLHF_WRITE_GOLDEN"):
         curves[name] = found
         GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+    skipped = read_jsonl(stage.folder / "metrics.jsonl")[-1]["skipped_steps"]
+    assert bool(skipped) == ("loss_spike" in section)
     # Another CPU rounds differently; a change of the maths moves the third decimal.
     assert found == pytest.approx(curves[name], rel=1e-4)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayrlhf.config import Recipe
+from rayrlhf.data.datasets import records_between
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training import checkpoint, loop
 from rayrlhf.training.dpo import DPOStage
@@ -23,6 +24,16 @@ from tests.training.ranks import Run, run_on_ranks
 
 CPU = torch.device("cpu")
 MakeRecipe = Callable[..., Recipe]
+
+
+# A growing batch, a schedule in tokens, and a guard that finds spikes in ordinary steps.
+SCHEDULED: dict[str, Any] = {
+    "batch_size_start": 1,
+    "batch_ramp_tokens": 160,
+    "warmup_tokens": 60,
+    "decay_tokens": 200,
+    "loss_spike": {"window": 4, "threshold": 0.5},
+}
 
 
 class Killed(Exception):
@@ -54,11 +65,11 @@ def fresh(recipe: Recipe, kind: type[Stage]) -> Stage:
 def test_resume_equals_uninterrupted(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: type[Stage], killed_at: int
 ) -> None:
-    sft = {"dropout": 0.2}
-    whole = fresh(make_recipe("whole", sft=sft), kind)
+    changes: dict[str, dict[str, Any]] = {"sft": {"dropout": 0.2}, "pretrain": SCHEDULED}
+    whole = fresh(make_recipe("whole", **changes), kind)
     loop.run(whole, CPU)
 
-    broken = fresh(make_recipe("broken", sft=sft), kind)
+    broken = fresh(make_recipe("broken", **changes), kind)
     step_of_loop = loop.train_step
 
     def dies(stage: Stage, backend: Any, step: int, micros: Any) -> dict[str, float]:
@@ -75,6 +86,8 @@ def test_resume_equals_uninterrupted(
     expected = comparable(whole.folder)
     assert [line["step"] for line in expected] == list(range(1, whole.total_steps + 1))
     assert comparable(broken.folder) == expected
+    assert comparable(broken.folder, "notes") == comparable(whole.folder, "notes")
+    assert (kind is PretrainStage) == bool(comparable(whole.folder, "notes"))
     assert comparable(broken.folder, "samples") == comparable(whole.folder, "samples")
     for name in ("model.safetensors", "config.json"):
         assert (broken.folder / "final" / name).read_bytes() == (
@@ -165,8 +178,8 @@ def test_metrics_of_a_step(make_recipe: MakeRecipe) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
     samples = read_jsonl(stage.folder / "samples.jsonl")
     assert [(s["step"], s["kind"]) for s in samples] == [
-        (3, "greedy"),
-        (3, "sampled"),
+        (1, "greedy"),
+        (1, "sampled"),
         (6, "greedy"),
         (6, "sampled"),
     ]
@@ -209,6 +222,9 @@ class _Rows:
 
     def costs(self, indices: Any) -> None:
         return None
+
+    def batch(self, step: int) -> list[int]:
+        return records_between(4 * step, 4 * step + 4, seed=0, num_records=self.num_records)
 
     def microbatches(self, indices: Any) -> list[int]:
         self.read.append(list(indices))

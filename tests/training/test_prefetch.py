@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,9 +18,10 @@ STEPS, READ_S = 10, 0.1
 class _Slow:
     """Stands for a stage whose storage takes READ_S for a batch."""
 
-    num_records, total_steps = 100, STEPS
-    recipe = SimpleNamespace(seed=0)
-    cfg = SimpleNamespace(batch_size=4)
+    total_steps = STEPS
+
+    def batch(self, step: int) -> list[int]:
+        return [4 * step + i for i in range(4)]
 
     def costs(self, indices: Any) -> None:
         return None

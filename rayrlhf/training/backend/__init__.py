@@ -19,7 +19,12 @@ from rayrlhf.models.execution import huggingface_model, set_execution
 from rayrlhf.training.backend.ddp import DDPBackend
 from rayrlhf.training.backend.deepspeed import DeepSpeedBackend
 from rayrlhf.training.backend.interface import Backend
-from rayrlhf.training.backend.optimizer import clip_gradients, learning_rate, make_optimizer
+from rayrlhf.training.backend.optimizer import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    warmup_steps,
+)
 from rayrlhf.training.backend.precision import forward_precision, has_bfloat16
 from rayrlhf.training.backend.ulysses import split_sequences
 
@@ -33,6 +38,7 @@ __all__ = [
     "learning_rate",
     "make_backend",
     "make_optimizer",
+    "warmup_steps",
 ]
 
 

@@ -1,6 +1,5 @@
 """Data parallelism: every rank holds everything."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from rayrlhf.training.backend.interface import Backend
 from rayrlhf.training.backend.optimizer import (
     clip_gradients,
     make_optimizer,
+    may_update,
     named_state,
     set_named_state,
 )
@@ -56,10 +56,10 @@ class DDPBackend(Backend):
             self._wrapper.reducer.prepare_for_backward([])
         loss.backward()
 
-    def _update(self) -> float:
+    def _update(self, norm_limit: float) -> float:
         norm = clip_gradients(self._trained.values(), self.cfg.grad_clip)
         # The reduced gradient is the same on every rank, so all of them decide alike.
-        if math.isfinite(norm):
+        if may_update(norm, norm_limit):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

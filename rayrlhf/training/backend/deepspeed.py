@@ -15,6 +15,7 @@ from rayrlhf.training.backend.interface import Backend
 from rayrlhf.training.backend.optimizer import (
     clip_gradients,
     make_optimizer,
+    may_update,
     named_state,
     set_named_state,
 )
@@ -108,15 +109,38 @@ class DeepSpeedBackend(Backend):
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self) -> float:
+    def _update(self, norm_limit: float) -> float:
         if self.stage == 0:
             norm = clip_gradients(self._trained.values(), self.cfg.grad_clip)
-            if math.isfinite(norm):
+            if may_update(norm, norm_limit):
                 self.engine.step()
             self.engine.optimizer.zero_grad()
             return norm
+        # Of a step that may be skipped, the norm is needed before DeepSpeed clips and updates.
+        norm = math.nan if norm_limit == math.inf else self._norm()
+        if norm > norm_limit:
+            for gradient in self._reduced_gradients():
+                gradient.fill_(math.nan)
         self.engine.step()  # clips, and skips on overflow
-        return float(self.engine.get_global_grad_norm())
+        return norm if norm > norm_limit else float(self.engine.get_global_grad_norm())
+
+    @property
+    def _reduces_whole(self) -> bool:
+        """Whether every rank has all of the gradients: stage 1 under bfloat16."""
+        return self.stage == 1 and self._precision == "bfloat16"
+
+    def _reduced_gradients(self) -> list[Tensor]:
+        """Return this rank's reduced gradients, as `engine.step` will read them."""
+        zero = self.engine.optimizer
+        groups = (
+            zero.fp32_groups_gradients if self._reduces_whole else zero.averaged_gradients.values()
+        )
+        return [gradient for group in groups for gradient in group if gradient is not None]
+
+    def _norm(self) -> float:
+        """Return the global norm of the gradients; where they are in parts, none overlap."""
+        squares = sum(float(g.float().square().sum()) for g in self._reduced_gradients())
+        return math.sqrt(squares if self._reduces_whole else self.global_sum(squares))
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0:

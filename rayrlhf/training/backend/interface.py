@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayrlhf.config import RecipeError, TrainingConfig
-from rayrlhf.training.backend.optimizer import learning_rate
+from rayrlhf.training.backend.optimizer import learning_rate, may_update
 from rayrlhf.training.backend.precision import forward_precision
 from rayrlhf.training.checkpoint import load_tensors, save_tensors
 
@@ -26,6 +27,7 @@ class Backend(ABC):
         self.module = module
         self.cfg = cfg
         self.total_steps = total_steps
+        self.rate: Callable[[int], float] = partial(learning_rate, cfg=cfg, total_steps=total_steps)
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -60,18 +62,19 @@ class Backend(ABC):
         scale = self.world_size / denominator if denominator > 0 else 0.0
         self._backward(loss_sum * scale, is_last)
 
-    def step(self) -> dict[str, float]:
+    def step(self, norm_limit: float = math.inf) -> dict[str, float]:
         """Clip, update and clear the gradients; return grad_norm, learning_rate, skipped_steps.
 
-        A NaN or Inf in any rank's gradient makes every rank leave weights and moments as they are;
-        `skipped_steps` counts how often that has happened. The schedule goes on all the same.
+        A NaN or Inf in any rank's gradient, or a global norm above `norm_limit` (-1: any), makes
+        every rank leave weights and moments as they are; `skipped_steps` counts how often that has
+        happened. The schedule goes on all the same.
         """
-        rate = learning_rate(self.num_steps, self.cfg, self.total_steps)
+        rate = self.rate(self.num_steps)
         for group in self._optimizer().param_groups:
             group["lr"] = rate
-        norm = self._update()
+        norm = self._update(norm_limit)
         self.num_steps += 1
-        self.num_skipped += not math.isfinite(norm)
+        self.num_skipped += not may_update(norm, norm_limit)
         return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": float(self.num_skipped)}
 
     def global_sums(self, values: Sequence[float]) -> list[float]:
@@ -173,5 +176,5 @@ class Backend(ABC):
     def _backward(self, loss: Tensor, is_last: bool) -> None: ...
 
     @abstractmethod
-    def _update(self) -> float:
-        """Clip, update and clear; return the norm before clipping (Inf or NaN: skipped)."""
+    def _update(self, norm_limit: float) -> float:
+        """Clip, update if `may_update`, and clear; return the norm before clipping."""

@@ -7,21 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.config import TrainingConfig
+from rayrlhf.training.schedule import warmup_cosine
 
 
 def learning_rate(step: int, cfg: TrainingConfig, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (0 is the first).
 
-    Linear warm-up over `warmup_ratio` of the steps, then a cosine that ends, at the last step, at
-    `min_learning_rate_ratio` of the peak. Source: GPT-3, arXiv:2005.14165, appendix B.
+    Linear warm-up, then a cosine that ends, at the last step, at `min_learning_rate_ratio` of the
+    peak.
     """
-    warmup = round(cfg.warmup_ratio * total_steps)
-    if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    floor = cfg.min_learning_rate_ratio
-    return cfg.learning_rate * (floor + (1 - floor) * cosine)
+    return warmup_cosine(
+        step,
+        step + 1,
+        peak=cfg.learning_rate,
+        warmup=warmup_steps(cfg, total_steps),
+        end=total_steps - 1,
+        floor=cfg.min_learning_rate_ratio,
+    )
+
+
+def warmup_steps(cfg: TrainingConfig, total_steps: int) -> int:
+    """Return how many optimizer steps the warm-up takes."""
+    return round(cfg.warmup_ratio * total_steps) if cfg.warmup_steps is None else cfg.warmup_steps
+
+
+def may_update(norm: float, norm_limit: float) -> bool:
+    """Tell whether a gradient of this global norm updates the weights."""
+    return math.isfinite(norm) and norm <= norm_limit
 
 
 def make_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
