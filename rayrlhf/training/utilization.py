@@ -4,12 +4,15 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from rayrlhf.training.backend import Backend, forward_precision
 from rayrlhf.training.flops import ModelFlops, attended_pairs
-from rayrlhf.training.stage import MicroBatch
+
+if TYPE_CHECKING:  # a benchmark measures where Ray is not installed
+    from rayrlhf.training.stage import MicroBatch
 
 MEASURE_S = 0.2
 """Seconds that the measurement of matmuls takes, about; at least three are timed."""
@@ -27,7 +30,7 @@ class Meter:
         own_rate = backend.sequence_parallel * matmul_rate(backend.device, dtype)
         self._rate = backend.global_sum(own_rate)
 
-    def metrics(self, micros: Iterable[MicroBatch], seconds: float) -> dict[str, float]:
+    def metrics(self, micros: "Iterable[MicroBatch]", seconds: float) -> dict[str, float]:
         """Return `perf/...` of a step over this rank's micro-batches; every rank calls it."""
         flops = sum(
             self._flops.total(

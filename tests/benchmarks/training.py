@@ -9,9 +9,12 @@ the texts, without padding.
 pretrain-6m, pretrain-135m   the stage through Ray Train, against a loop of model(ids),
                              cross_entropy, backward, clip, AdamW on the same rows
 sft                          SmolLM2-135M on the built-in demonstrations, against TRL's SFTTrainer
-                             with and without packing: `ratio_sft` is against the faster of the two
-reward                       SmolLM2-135M on comparisons of K = 9, against TRL's RewardTrainer on
-                             the same as 36 pairs each; what counts is comparisons per second
+                             as it comes, by length and with packing: `ratio_sft` is against the
+                             fastest of these
+reward                       SmolLM2-135M, once over comparisons of K = 9, against TRL's
+                             RewardTrainer on the same as 36 pairs each, as many per step, with the
+                             same learning rates; what counts is comparisons per second at the
+                             same `accuracy_...` on the pairs of other comparisons
 
 TRL is left out where it is not installed.
 """
@@ -38,6 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "pretrain-135m": {"hidden_size": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
     | {"intermediate_size": 1536, "max_length": 128},
 }
+NUM_HELD_OUT = 30
+"""Comparisons: 1,080 pairs."""
+REWARD_BATCH, REWARD_RATE = 2, 2e-5
+ACCURACIES: dict[str, float] = {}
+"""On the held-out pairs, of the last run of each side."""
 Way = Callable[[Path, int], float]
 """way(folder, steps) -> items per second"""
 
@@ -161,7 +169,7 @@ def sft_stage(folder: Path, steps: int) -> float:
     return rate_of_stage(recipe, SFTStage)
 
 
-def trl_sft(packing: bool) -> Way:
+def trl_sft(*, packing: bool = False, by_length: bool = False) -> Way:
     def way(folder: Path, steps: int) -> float:
         import torch
         from datasets import Dataset
@@ -190,6 +198,7 @@ def trl_sft(packing: bool) -> Way:
             max_length=256,
             packing=packing,
             completion_only_loss=True,
+            train_sampling_strategy="group_by_length" if by_length else "random",
             **_trl_settings(),
         )
         clock = _clock()
@@ -209,29 +218,37 @@ def trl_sft(packing: bool) -> Way:
     return way
 
 
-def reward_records() -> list[dict[str, Any]]:
-    """Return comparisons of K = 9 without ties, of texts of the built-in set."""
+def reward_records(steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return comparisons of K = 9 without ties: those of `steps` steps, and others."""
     from rayrlhf.data.records import read_records
 
     ratings = read_records(f"{RATINGS}/comparisons.train.jsonl", "comparison")
-    nine = [r for r in ratings if len(r["responses"]) == 9 and len(set(r["ranks"])) == 9]
-    return [{key: r[key] for key in ("prompt", "responses", "ranks")} for r in nine]
+    nine = [
+        {key: r[key] for key in ("prompt", "responses", "ranks")}
+        for r in ratings
+        if len(r["responses"]) == 9 and len(set(r["ranks"])) == 9
+    ]
+    return nine[NUM_HELD_OUT:][: steps * REWARD_BATCH], nine[:NUM_HELD_OUT]
 
 
 def reward_stage(folder: Path, steps: int) -> float:
     from rayrlhf.training.reward import RewardStage
 
-    file = folder / "comparisons.jsonl"
-    lines = [json.dumps(record) + "\n" for record in reward_records()]
-    file.write_text("".join(lines), encoding="utf-8")
+    files = []
+    for name, records in zip(("train", "held_out"), reward_records(steps), strict=True):
+        files.append(folder / f"{name}.jsonl")
+        lines = [json.dumps(record) + "\n" for record in records]
+        files[-1].write_text("".join(lines), encoding="utf-8")
     recipe = recipe_of(
         folder,
         tokenizer={"path": SMOLLM2},
         model={"path": SMOLLM2, "max_length": 256},
         reward={
-            "train": str(file),
+            "train": str(files[0]),
+            "validation": str(files[1]),
             "init": SMOLLM2,
-            "batch_size": 2,
+            "batch_size": REWARD_BATCH,
+            "learning_rate": REWARD_RATE,
             "tokens_per_microbatch": 1024,
             "max_steps": steps,
             "save_every": 10**6,
@@ -240,8 +257,12 @@ def reward_stage(folder: Path, steps: int) -> float:
     rate_of_stage(recipe, RewardStage)
     from rayrlhf.metrics import read_jsonl
 
-    times = [line["time"] for line in read_jsonl(recipe.path / "reward" / "metrics.jsonl")]
-    return 2 * (len(times) - 1) / (times[-1] - times[0])
+    lines = read_jsonl(recipe.path / "reward" / "metrics.jsonl")
+    ACCURACIES["stage"] = lines[-1]["eval/pair_accuracy"]
+    # The last line also holds the seconds of the evaluation.
+    return REWARD_BATCH / statistics.mean(
+        line["time/step_s"] + line["time/data_wait_s"] for line in lines[1:]
+    )
 
 
 def trl_reward(folder: Path, steps: int) -> float:
@@ -254,21 +275,19 @@ def trl_reward(folder: Path, steps: int) -> float:
 
     torch.set_num_threads(THREADS)
     tokenizer = AutoTokenizer.from_pretrained(builtin.resolve(SMOLLM2))
-    pairs = []
-    for record in reward_records()[: steps + 1]:
-        ranked = sorted(zip(record["ranks"], record["responses"], strict=True))
-        texts = [record["prompt"] + text for _, text in ranked]
-        pairs += [
-            {"chosen": better, "rejected": worse}
-            for place, better in enumerate(texts)
-            for worse in texts[place + 1 :]
-        ]
+    train, held_out = (Dataset.from_list(pairs_of(part)) for part in reward_records(steps))
     clock = _clock()
     config = RewardConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=36,  # the pairs of one comparison
+        per_device_train_batch_size=36,  # as many pairs as one comparison has
+        per_device_eval_batch_size=36,
+        gradient_accumulation_steps=REWARD_BATCH,
         max_steps=steps,
         max_length=256,
+        learning_rate=REWARD_RATE,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        train_sampling_strategy="random",
         **_trl_settings(),
     )
     trainer = RewardTrainer(
@@ -276,12 +295,28 @@ def trl_reward(folder: Path, steps: int) -> float:
             builtin.resolve(SMOLLM2), dtype=torch.float32, num_labels=1
         ),
         args=config,
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[clock],
     )
     trainer.train()
-    return 1 / statistics.mean(clock.seconds())
+    ACCURACIES["TRL"] = trainer.evaluate()["eval_accuracy"]
+    return REWARD_BATCH / statistics.mean(clock.seconds())
+
+
+def pairs_of(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return every pair of every comparison, the better response first."""
+    pairs = []
+    for record in records:
+        ranked = sorted(zip(record["ranks"], record["responses"], strict=True))
+        texts = [record["prompt"] + text for _, text in ranked]
+        pairs += [
+            {"chosen": better, "rejected": worse}
+            for place, better in enumerate(texts)
+            for worse in texts[place + 1 :]
+        ]
+    return pairs
 
 
 def _trl_settings() -> dict[str, Any]:
@@ -295,6 +330,8 @@ def _trl_settings() -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "optim": "adamw_torch_fused",
+        "adam_beta2": 0.95,
+        "dataloader_num_workers": 1,  # reads ahead, as ours does
     }
 
 
@@ -324,14 +361,15 @@ def comparisons(with_trl: bool) -> dict[str, dict[str, Way]]:
     if with_trl:
         found["sft"] = {
             "stage": sft_stage,
-            "TRL": trl_sft(packing=False),
+            "TRL": trl_sft(),
+            "TRL, by length": trl_sft(by_length=True),
             "TRL, packing": trl_sft(packing=True),
         }
         found["reward"] = {"stage": reward_stage, "TRL": trl_reward}
     return found
 
 
-STEPS = {"pretrain-6m": 30, "pretrain-135m": 4, "sft": 6, "reward": 4}
+STEPS = {"pretrain-6m": 30, "pretrain-135m": 4, "sft": 6, "reward": 80}
 
 
 def main() -> None:
@@ -340,8 +378,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--quick", action="store_true", help="three steps of the 6M model")
+    parser.add_argument("--steps", type=int, help="optimizer steps, in place of the defaults")
     args = parser.parse_args()
-    steps = dict(STEPS)
+    steps = {name: args.steps or default for name, default in STEPS.items()}
     if args.quick:
         args.repeats, args.only, steps["pretrain-6m"] = 1, ["pretrain-6m"], 3
     figures: dict[str, float] = {}
@@ -366,6 +405,8 @@ def main() -> None:
                 f"low_{name}": min(ratios),
                 f"high_{name}": max(ratios),
             }
+            if what == "reward":
+                figures |= {f"accuracy_reward_{way}": value for way, value in ACCURACIES.items()}
     finally:
         shutil.rmtree(folder)
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
