@@ -1,12 +1,13 @@
 """The comparison itself: from answers, scores and models to the entries of results.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from rayrlhf.evaluation.diagnostics import ensemble_agreement, rated_pairs
 from rayrlhf.evaluation.diversity import (
     TokenStatistics,
     distinct_n,
@@ -16,6 +17,7 @@ from rayrlhf.evaluation.diversity import (
 from rayrlhf.evaluation.held_out import (
     RatedTexts,
     agreement,
+    diagnostics,
     held_out_loss,
     pooled_calibration,
 )
@@ -139,20 +141,36 @@ def _mismatch(given: Sequence[Answer], found: TokenStatistics) -> float:
 
 
 def compare_with_people(
-    texts: Mapping[str, RatedTexts], judges: Sequence[Judge], people: Mapping[str, Sequence[float]]
+    texts: Mapping[str, RatedTexts], judges: Sequence[Judge], members: Iterable[RewardJudge] = ()
 ) -> dict[str, Any]:
-    """Return the reward model's and VADER's agreement with people, by source; {} without one."""
+    """Return the reward model's and VADER's agreement with people, by source; {} without one.
+
+    `members` are the further models of an ensemble, each scored before the next is taken.
+    """
     vader = next(judge for judge in judges if isinstance(judge, VaderJudge))
     reward = next((judge for judge in judges if isinstance(judge, RewardJudge)), None)
     if reward is None:
-        return {"reward_model": {}, "reward_model_calibration": []}
+        return {"reward_model": {}, "reward_model_pooled": {}, "reward_model_calibration": []}
     scores = {source: reward.score_ids(rated.ids) for source, rated in texts.items()}
     rows = {
-        source: agreement(rated, scores[source], vader.score_texts(rated.texts), people)
+        source: agreement(rated, scores[source], vader.score_texts(rated.texts))
         for source, rated in texts.items()
     }
+    found = {source: row for source, row in rows.items() if row is not None}
+    others = [
+        {source: member.score_ids(texts[source].ids) for source in found} for member in members
+    ]
+    if others:
+        for source, row in found.items():
+            rated = texts[source]
+            row["ensemble"] = ensemble_agreement(
+                np.stack([scores[source], *(other[source] for other in others)]),
+                rated_pairs(rated.ratings, rated.groups),
+            )
+    pooled = {source: texts[source] for source in found}
     return {
-        "reward_model": {source: row for source, row in rows.items() if row is not None},
+        "reward_model": found,
+        "reward_model_pooled": diagnostics(pooled, scores) if pooled else {},
         "reward_model_calibration": pooled_calibration(texts, scores),
     }
 

@@ -13,7 +13,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from rayrlhf.evaluation.comparison import (
 from rayrlhf.evaluation.held_out import (
     held_out_rows,
     rated_texts,
-    single_ratings,
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
 from rayrlhf.evaluation.words import JUDGES, MODELS
@@ -91,7 +90,9 @@ def evaluate(recipe: Recipe) -> Path:
         tokens_per_batch=tokens_per_batch,
     )
     _say(f"agreement with people on {sum(len(rated.texts) for rated in texts.values())} texts")
-    results |= compare_with_people(texts, judges, single_ratings(cfg.comparisons))  # 4
+    results |= compare_with_people(
+        texts, judges, _members(recipe, tokenizer, tokens_per_batch)
+    )  # 4
     results["samples"] = samples(answers, scores, cfg.num_samples)
     _say("figures and report")
     return _write(recipe, results, time.monotonic() - started)  # 5
@@ -210,16 +211,28 @@ def _judges(
 ) -> list[Judge]:
     judges: list[Judge] = [VaderJudge()]
     if recipe.reward is not None:
-        model = ScalarHeadModel.from_pretrained(recipe.path / "reward" / "final")
-        judges.append(
-            RewardJudge(
-                model,
-                eos_id=int(tokenizer.eos_token_id),
-                device=device(),
-                tokens_per_batch=tokens_per_batch,
-            )
-        )
+        folder = recipe.path / lineage.OUTPUTS["reward"]
+        judges.append(_reward_judge(folder, tokenizer, tokens_per_batch))
     return judges
+
+
+def _members(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int
+) -> Iterator[RewardJudge]:
+    """Yield the further reward models of an ensemble, one in memory at a time."""
+    for name in lineage.reward_models(recipe)[1:]:
+        yield _reward_judge(recipe.path / name, tokenizer, tokens_per_batch)
+
+
+def _reward_judge(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int
+) -> RewardJudge:
+    return RewardJudge(
+        ScalarHeadModel.from_pretrained(folder),
+        eos_id=int(tokenizer.eos_token_id),
+        device=device(),
+        tokens_per_batch=tokens_per_batch,
+    )
 
 
 def _about(

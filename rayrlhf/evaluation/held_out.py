@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import Recipe
-from rayrlhf.data.datasets import Record, encode_comparisons, pad, read_records
+from rayrlhf.data.datasets import Record, encode_comparisons, pad
 from rayrlhf.data.packing import microbatches
 from rayrlhf.data.rows import PackedRows
+from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.evaluation.agreement import (
     PairAccuracy,
     calibration,
@@ -21,11 +22,18 @@ from rayrlhf.evaluation.agreement import (
     pair_accuracy_within,
     pearson,
 )
+from rayrlhf.evaluation.diagnostics import (
+    accuracy_by,
+    calibration_error,
+    centred,
+    length_bias,
+    rated_pairs,
+    right,
+    right_people,
+)
 from rayrlhf.models.causal_lm import CausalLMModel
 
 Floats = npt.NDArray[np.float64]
-
-_BUILTIN = "builtin:human-ratings/comparisons."
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,14 @@ class RatedTexts:
     """The distinct texts of one source, each a prompt with a response, and what people said."""
 
     texts: list[str]
-    responses: list[str]
     ids: list[list[int]]
     """Token ids, end-of-text included."""
     ratings: Floats
     """(N,) mean rating, or minus the rank; higher is better."""
+    lengths: Floats
+    """(N,) tokens of the response, without end-of-text."""
+    single_ratings: list[list[float]]
+    """What each person said of each text; [] unless all texts have it."""
     groups: list[list[int]]
     """Positions within which ratings compare: all of them, or those of one record each."""
 
@@ -54,50 +65,59 @@ def rated_texts(
     When every record of a source has `ratings`, all its texts compare with each other; ranks
     compare within their record only.
     """
-    by_source: dict[str, list[tuple[Record, int, list[int]]]] = {}
+    by_source: dict[str, list[_Row]] = {}
     for comparison in encode_comparisons(records, tokenizer, max_length):
         record = records[comparison.record]
         rows = by_source.setdefault(str(record.get("source", "all")), [])
-        rows += [(record, k, ids) for k, ids in zip(comparison.kept, comparison.ids, strict=True)]
+        other = len(encode_text(tokenizer, record["prompt"])) + 1  # end-of-text
+        rows += [
+            _Row(record, k, ids, len(ids) - other)
+            for k, ids in zip(comparison.kept, comparison.ids, strict=True)
+        ]
     return {source: _distinct(rows) for source, rows in by_source.items()}
 
 
-def _distinct(rows: Sequence[tuple[Record, int, list[int]]]) -> RatedTexts:
+@dataclass(frozen=True)
+class _Row:
+    """Response k of a comparison."""
+
+    record: Record
+    k: int
+    ids: list[int]
+    length: int
+
+    @property
+    def text(self) -> str:
+        text: str = self.record["prompt"] + self.record["responses"][self.k]
+        return text
+
+
+def _distinct(rows: Sequence[_Row]) -> RatedTexts:
     """Keep the first of equal texts."""
-    rated = all(record.get("ratings") is not None for record, _, _ in rows)
-    texts: list[str] = []
-    responses: list[str] = []
-    sequences: list[list[int]] = []
-    ratings: list[float] = []
+    rated = all(row.record.get("ratings") is not None for row in rows)
+    judged = all(row.record.get("single_ratings") is not None for row in rows)
+    first: dict[str, _Row] = {}
+    for row in rows:
+        first.setdefault(row.text, row)
+    kept = list(first.values())
     groups: dict[int, list[int]] = {}
-    seen: set[str] = set()
-    for record, k, ids in rows:
-        text = record["prompt"] + record["responses"][k]
-        if text in seen:
-            continue
-        seen.add(text)
-        groups.setdefault(0 if rated else id(record), []).append(len(texts))
-        texts.append(text)
-        responses.append(record["responses"][k])
-        sequences.append(ids)
-        ratings.append(float(record["ratings"][k]) if rated else -float(record["ranks"][k]))
-    return RatedTexts(texts, responses, sequences, np.array(ratings), list(groups.values()))
+    for number, row in enumerate(kept):
+        groups.setdefault(0 if rated else id(row.record), []).append(number)
+    values = [
+        float(row.record["ratings"][row.k]) if rated else -float(row.record["ranks"][row.k])
+        for row in kept
+    ]
+    return RatedTexts(
+        [row.text for row in kept],
+        [row.ids for row in kept],
+        np.array(values),
+        np.array([row.length for row in kept], dtype=np.float64),
+        [row.record["single_ratings"][row.k] for row in kept] if judged else [],
+        list(groups.values()),
+    )
 
 
-def single_ratings(comparisons: str) -> dict[str, list[float]]:
-    """Return every person's rating of each text, by text; {} unless the data set is built in."""
-    if not comparisons.startswith(_BUILTIN):
-        return {}
-    path = comparisons.replace("/comparisons.", "/ratings.")
-    return {
-        record["text"].strip(): [float(r) for r in record["ratings"]]
-        for record in read_records(path, "document")
-    }
-
-
-def agreement(
-    texts: RatedTexts, scores: Floats, vader: Floats, people: Mapping[str, Sequence[float]]
-) -> dict[str, Any] | None:
+def agreement(texts: RatedTexts, scores: Floats, vader: Floats) -> dict[str, Any] | None:
     """Return the row of results.json for one source; None when no two ratings differ.
 
     `scores` and `vader` are (N,), aligned with the texts.
@@ -106,16 +126,42 @@ def agreement(
     if found is None:
         return None
     by_rules = _accuracy(texts, vader)
-    single = [people[r.strip()] for r in texts.responses if r.strip() in people]
     absolute = len(texts.groups) == 1
     return {
         "pair_accuracy": found.accuracy,
         "pearson": pearson(scores, texts.ratings) if absolute else None,
         "num_pairs": found.num_pairs,
         "num_texts": len(texts.texts),
-        "human_pair_accuracy": human_ceiling(single),
+        "human_pair_accuracy": human_ceiling(texts.single_ratings),
         "vader_pair_accuracy": by_rules.accuracy if by_rules else None,
         "vader_pearson": pearson(vader, texts.ratings) if absolute else None,
+        **diagnostics({"": texts}, {"": scores}),
+        "length_bias": length_bias(
+            centred(scores, texts.groups),
+            centred(texts.ratings, texts.groups),
+            centred(texts.lengths, texts.groups),
+            rated_pairs(texts.ratings, texts.groups),
+        ),
+    }
+
+
+def diagnostics(texts: Mapping[str, RatedTexts], scores: Mapping[str, Floats]) -> dict[str, Any]:
+    """Return calibration error and accuracy by rating gap and length, over the pairs of sources.
+
+    No pair is across sources. `by_length` is by the longer one of a pair's responses.
+    """
+    gaps, lengths, correct, people = [], [], [], []
+    for source, rated in texts.items():
+        pairs = rated_pairs(rated.ratings, rated.groups)
+        gaps.append(pairs.gap(rated.ratings))
+        lengths.append(np.maximum(rated.lengths[pairs.better], rated.lengths[pairs.worse]))
+        correct.append(right(pairs.gap(scores[source])))
+        people.append(right_people(pairs, rated.single_ratings))
+    all_correct, all_people = np.concatenate(correct), np.concatenate(people, axis=1)
+    return {
+        "calibration_error": calibration_error(pooled_calibration(texts, scores)),
+        "by_rating_gap": accuracy_by(np.concatenate(gaps), all_correct, all_people),
+        "by_length": accuracy_by(np.concatenate(lengths), all_correct, all_people),
     }
 
 

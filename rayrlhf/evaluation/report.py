@@ -13,6 +13,7 @@ from typing import Any
 from rayrlhf.evaluation.cells import definitions, duration, number, table
 from rayrlhf.evaluation.corpus_section import corpus_section
 from rayrlhf.evaluation.plots import Figure
+from rayrlhf.evaluation.reward_section import reward_section
 from rayrlhf.evaluation.style import STYLE
 from rayrlhf.evaluation.words import JUDGES, MODELS, STAGES, model_word
 
@@ -34,6 +35,10 @@ MEASURES = {
     "token; lower is better.",
     "pair accuracy": "over all pairs of held-out texts with different mean ratings, how often the "
     "one that people rated higher has the higher score.",
+    "r with length given the rating": "correlation of score and response length among texts that "
+    "people rated alike (partial correlation); 0 is a model that length as such does not sway.",
+    "calibration error": "mean distance between how certain the reward model is of a pair and how "
+    "often it is right then (expected calibration error, ten bins).",
     "one human rater": "the same, for one person judged by the mean of all the others.",
 }
 
@@ -70,7 +75,7 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 <div class="tiles">{_tiles(results)}</div>
 </header>
 <section><h2>The models</h2>{_models_table(results)}</section>
-{_reward_section(results)}
+{reward_section(results)}
 {_loss_section(results)}
 {corpus_section(results["corpus"])}
 <section><h2>Figures</h2><div class="figures">{drawn}</div></section>
@@ -202,42 +207,6 @@ def _models_table(results: Results) -> str:
     return table(header, rows) + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
         "small figures are 95% intervals (bootstrap over prompts).</p>"
-    )
-
-
-def _reward_section(results: Results) -> str:
-    by_source = results["reward_model"]
-    if not by_source:
-        return ""
-    rows = [
-        [
-            f"<b>{escape(source)}</b>",
-            *[
-                number(row[key], 1, scale=100, unit="%")
-                for key in ("pair_accuracy", "human_pair_accuracy", "vader_pair_accuracy")
-            ],
-            *[number(row[key]) for key in ("pearson", "vader_pearson")],
-            f"{row['num_texts']:,}",
-            f"{row['num_pairs']:,}",
-        ]
-        for source, row in by_source.items()
-    ]
-    return (
-        "<section><h2>The reward model on texts it never saw</h2>"
-        + table(
-            [
-                "source",
-                "pair accuracy",
-                "one human rater",
-                "VADER's rules",
-                "r with mean rating",
-                "VADER's r",
-                "texts",
-                "pairs",
-            ],
-            rows,
-        )
-        + "</section>"
     )
 
 

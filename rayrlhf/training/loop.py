@@ -17,6 +17,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer, get_device
+from torch import nn
 
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
@@ -119,14 +120,7 @@ def run(stage: Stage, device: torch.device) -> None:
     module = stage.build(newest)
     module.train()
     flops = model_flops(module)  # while the weights are whole
-    backend = make_backend(
-        module,
-        cfg,
-        total_steps=total,
-        device=device,
-        sequence_parallel=stage.recipe.resources.sequence_parallel,
-    )
-    backend.rate = stage.learning_rate
+    backend = _backend(stage, module, device)
     meter = Meter(flops, backend)
     if newest is not None:
         backend.load_state(newest / checkpoint.STATE_DIR)
@@ -169,12 +163,23 @@ def run(stage: Stage, device: torch.device) -> None:
     if best is not None and best.step not in (None, backend.num_steps):
         folder = _best_folder(stage, best.step)
         del module, backend, meter  # their memory is needed
-        module = stage.build(folder)
-        backend = make_backend(module, cfg, total_steps=total, device=device)
+        backend = _backend(stage, stage.build(folder), device)
     stage.finish(backend)
     save(stage, backend, None, best)
     if log is not None:
         log.close()
+
+
+def _backend(stage: Stage, module: nn.Module, device: torch.device) -> Backend:
+    backend = make_backend(
+        module,
+        stage.cfg,
+        total_steps=stage.total_steps,
+        device=device,
+        sequence_parallel=stage.recipe.resources.sequence_parallel,
+    )
+    backend.rate = stage.learning_rate
+    return backend
 
 
 class Prefetch:

@@ -43,6 +43,37 @@ def _results() -> dict[str, Any]:
         "human_pair_accuracy": 0.83,
         "vader_pair_accuracy": 0.65,
         "vader_pearson": None,
+        "calibration_error": 0.031,
+        "length_bias": {
+            "pearson": 0.2,
+            "rating_pearson": 0.12,
+            "partial": -0.17,
+            "pair_accuracy_better_longer": 0.77,
+            "pair_accuracy_better_shorter": None,
+            "num_better_longer": 2000,
+            "num_better_shorter": 0,
+        },
+    }
+    fifths = [
+        {
+            "low": float(n),
+            "high": n + 1.0,
+            "mean": n + 0.4,
+            "pair_accuracy": 0.55 + 0.08 * n,
+            "human_pair_accuracy": 0.6 + 0.08 * n if n else None,
+            "num_pairs": 990,
+        }
+        for n in range(5)
+    ]
+    ensemble = {
+        "num_members": 3,
+        "pair_accuracy": 0.75,
+        "member_pair_accuracy": [0.72, 0.73, 0.74],
+        "disagreement": 0.41,
+        "error_correlation": 0.19,
+        "by_disagreement": [
+            {"pair_accuracy": accuracy, "num_pairs": 1650} for accuracy in (0.83, 0.75, 0.668)
+        ],
     }
     return {
         "name": "toy",
@@ -75,7 +106,15 @@ def _results() -> dict[str, Any]:
         "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "dpo": 3.0, "ppo": 2.5},
         "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "dpo": 8.0, "ppo": 12.0},
         "held_out_loss": {m: {"movies": 4.0, "tweets": 4.5} for m in MODELS},
-        "reward_model": {"movies": row, "tweets": {**row, "human_pair_accuracy": None}},
+        "reward_model": {
+            "movies": {**row, "ensemble": ensemble},
+            "tweets": {**row, "human_pair_accuracy": None},
+        },
+        "reward_model_pooled": {
+            "calibration_error": 0.034,
+            "by_rating_gap": fifths,
+            "by_length": fifths,
+        },
         "reward_model_calibration": [
             {"predicted": 0.55, "observed": 0.54, "num_pairs": 900},
             {"predicted": 0.75, "observed": 0.7, "num_pairs": 100},

@@ -192,6 +192,28 @@ def test_everything_is_written_with_one_engine(
     assert first == second  # the seed decides everything
 
 
+def test_an_ensemble_is_measured_beside_the_model_of_ppo(
+    run_dir: Path, tiny_model: Path, fake_engine: type[FakeEngine]
+) -> None:
+    recipe = recipe_of(run_dir, tiny_model, stages=("sft", "reward"))
+    assert recipe.reward is not None
+    pair = recipe.model_copy(update={"reward": recipe.reward.model_copy(update={"num_members": 2})})
+    with pytest.raises(RecipeError, match="reward/members/01/final, which is no complete model"):
+        evaluate(pair)
+    other = ScalarHeadModel.from_causal_lm(tiny_model, 2)
+    other.save_pretrained(run_dir / "reward" / "members" / "01" / "final")
+    evaluate(pair)
+    found = json.loads((run_dir / "evaluation" / "results.json").read_text())
+    for row in found["reward_model"].values():
+        ensemble = row["ensemble"]
+        assert ensemble["member_pair_accuracy"][0] == pytest.approx(row["pair_accuracy"])
+        assert ensemble["num_members"] == 2 and ensemble["disagreement"] > 0
+        assert sum(third["num_pairs"] for third in ensemble["by_disagreement"]) == row["num_pairs"]
+        assert sum(fifth["num_pairs"] for fifth in row["by_length"]) == row["num_pairs"]
+    assert (run_dir / "evaluation" / "reward_errors.png").is_file()
+    assert "disagreeing third" in (run_dir / "report.html").read_text(encoding="utf-8")
+
+
 def test_without_ppo_and_reward(
     run_dir: Path, tiny_model: Path, fake_engine: type[FakeEngine]
 ) -> None:

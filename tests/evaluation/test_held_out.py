@@ -1,6 +1,5 @@
 """Held-out texts: distinct ones per source, ranks or ratings, and the loss in nats per token."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf.evaluation import held_out
-from rayrlhf.evaluation.held_out import agreement, held_out_loss, rated_texts, single_ratings
+from rayrlhf.evaluation.held_out import agreement, held_out_loss, rated_texts
 from rayrlhf.models.causal_lm import CausalLMModel
 
 
@@ -43,7 +41,7 @@ def test_rated_texts_compare_across_records_and_once_each(
     assert found["movies"].texts == ["Review: good", "Review: bad", "Review: fine"]
     assert found["movies"].groups == [[0, 1, 2]]
     assert [ids[-1] for ids in found["tweets"].ids] == [tokenizer.eos_token_id] * 2
-    row = agreement(found["movies"], np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.0, 0.0]), {})
+    row = agreement(found["movies"], np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.0, 0.0]))
     assert row is not None
     assert (row["pair_accuracy"], row["num_pairs"], row["num_texts"]) == (1.0, 3, 3)
     assert row["pearson"] == pytest.approx(np.corrcoef([3.0, 1.0, 2.0], [2.0, -2.0, 1.0])[0, 1])
@@ -58,33 +56,28 @@ def test_ranks_compare_within_their_record_only(tokenizer: PreTrainedTokenizerFa
     ]
     found = rated_texts(records, tokenizer, 64)["all"]
     assert found.groups == [[0, 1, 2], [3, 4]]
-    row = agreement(found, np.array([9.0, 1.0, 2.0, 5.0, 3.0]), np.zeros(5), {})
+    row = agreement(found, np.array([9.0, 1.0, 2.0, 5.0, 3.0]), np.zeros(5))
     assert row is not None
     assert row["num_pairs"] == 3  # a>b, a>c, e>d; b = c is left out
     assert row["pair_accuracy"] == pytest.approx(2 / 3)
     assert row["pearson"] is None
 
 
-def test_human_raters_are_found_by_their_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = rated_texts([comparison("tweets", [" good", " bad"], [2.0, -2.0])], tokenizer, 64)[
-        "tweets"
-    ]
-    row = agreement(texts, np.array([1.0, 0.0]), np.zeros(2), {"good": [3, 1], "bad": [-1, -3]})
+def test_human_raters_are_those_of_the_records(tokenizer: PreTrainedTokenizerFast) -> None:
+    judged = comparison("tweets", [" good", " bad"], [2.0, -2.0], single_ratings=[[3, 1], [-1, -3]])
+    texts = rated_texts([judged], tokenizer, 64)["tweets"]
+    row = agreement(texts, np.array([1.0, 0.0]), np.zeros(2))
     assert row is not None and row["human_pair_accuracy"] == 1.0
+    assert [b["human_pair_accuracy"] for b in row["by_rating_gap"]] == [1.0]
+    # A text of which single ratings are not known leaves the source without a ceiling.
+    both = [judged, comparison("tweets", [" ok", " no"], [1.0, 0.0])]
+    assert rated_texts(both, tokenizer, 64)["tweets"].single_ratings == []
 
 
-def test_single_ratings_come_with_the_built_in_set_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def read(path: str, kind: str) -> list[dict[str, Any]]:
-        asked.append((path, kind))
-        return [json.loads('{"text": "so good ", "ratings": [3, 4]}')]
-
-    monkeypatch.setattr(held_out, "read_records", read)
-    assert single_ratings("data/comparisons.test.jsonl") == {}
-    found = single_ratings("builtin:human-ratings/comparisons.test.jsonl")
-    assert found == {"so good": [3.0, 4.0]}
-    assert asked == [("builtin:human-ratings/ratings.test.jsonl", "document")]
+def test_lengths_are_those_of_the_responses(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = rated_texts([comparison("a", [" good", " bad bad"], [1.0, 0.0])], tokenizer, 64)["a"]
+    wanted = [len(tokenizer(text)["input_ids"]) for text in (" good", " bad bad")]
+    assert texts.lengths.tolist() == wanted
 
 
 def test_loss_is_the_mean_over_tokens_of_all_rows(tiny_model: Path) -> None:

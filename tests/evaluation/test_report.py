@@ -80,6 +80,7 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
         "reward_against_kl",
         "reward_model",
         "calibration",
+        "reward_errors",
         "entropy",
         "training_pretrain",
         "training_sft",
@@ -93,6 +94,16 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
         assert figure.caption.endswith(".")
     assert "not clearly different" in by_name["win_rate"].caption  # the interval holds 50%
     assert "73% on movies (one person: 83%)" in by_name["reward_model"].caption
+    assert "calibration error is 3.4 points" in by_name["calibration"].caption
+    assert "55% of the pairs that people rated almost alike" in by_name["reward_errors"].caption
+
+
+def test_page_says_what_length_and_an_ensemble_have_to_do_with_it(results: Results) -> None:
+    text = _parse(render(results, [], recipe_yaml="")).text
+    for word in ("-0.17", "77.0%", "3.1%", "73.0%", "83.0%", "66.8%", "3 reward models"):
+        assert word in text
+    del results["reward_model"]["movies"]["ensemble"]
+    assert "disagreeing third" not in _parse(render(results, [], recipe_yaml="")).text
 
 
 def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> None:
@@ -111,7 +122,8 @@ def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> N
     for table in (results["win_rate_vs_sft"], results["intervals"]["win_rate_vs_sft"]):
         for judges in table.values():
             judges.pop("reward", None)
-    results |= {"judges": ["vader"], "reward_model": {}, "reward_model_calibration": []}
+    nothing: Results = {"reward_model": {}, "reward_model_pooled": {}}
+    results |= {"judges": ["vader"], "reward_model_calibration": [], **nothing}
     for model in ("dpo", "ppo"):
         results["samples"][0]["answers"].pop(model)
     drawn = figures(results, {"sft": curves["sft"]})
@@ -141,6 +153,7 @@ def test_one_model_alone_makes_a_report(results: Results) -> None:
         "win_rate_vs_base": {"base": {"vader": 0.5}},
         "samples": [],
         "reward_model": {},
+        "reward_model_pooled": {},
         "intervals": {"win_rate_vs_base": {"base": {"vader": [0.5, 0.5]}}},
         "reward_model_calibration": [],
     }

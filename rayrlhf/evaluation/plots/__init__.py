@@ -8,6 +8,7 @@ from typing import Any
 
 from rayrlhf.evaluation.plots.canvas import Figure, Records
 from rayrlhf.evaluation.plots.models import entropy, win_rates
+from rayrlhf.evaluation.plots.reward_errors import reward_errors
 from rayrlhf.evaluation.plots.reward_model import calibration, reward_model
 from rayrlhf.evaluation.plots.training import ppo, reward_against_kl, training
 
@@ -21,6 +22,7 @@ def figures(results: Mapping[str, Any], curves: Mapping[str, Records]) -> list[F
         reward_against_kl(curves.get("ppo", ())),
         reward_model(results),
         calibration(results),
+        reward_errors(results),
         entropy(results),
     ]
     trained = ("pretrain", "sft", "reward", "dpo")

@@ -99,6 +99,7 @@ def calibration(results: Mapping[str, Any]) -> Figure | None:
         ax.set_xlabel("certainty of the reward model, %")
         ax.set_ylabel("it was right, %")
 
+    error = results["reward_model_pooled"]["calibration_error"]
     gap = float(np.average(predicted - observed, weights=counts))
     word = (
         "more certain than it should be"
@@ -111,7 +112,8 @@ def calibration(results: Mapping[str, Any]) -> Figure | None:
         "calibration",
         "Does the reward model know when it is right?",
         f"On average it is {word}: it is {certain:.0f}% certain, and right "
-        f"{right:.0f}% of the time. On the dashed line both are the same; larger "
+        f"{right:.0f}% of the time; the expected calibration error is {100 * error:.1f} points. "
+        "On the dashed line both are the same; larger "
         "dots are more pairs.",
         draw,
     )
