@@ -5,15 +5,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Fraction, Positive, PositiveFloat
-from rayrlhf.config.training import StageConfig
+from rayrlhf.config.training import RecordsConfig
 
 
-class DPOConfig(StageConfig):
+class DPOConfig(RecordsConfig):
     """Direct preference optimization (arXiv:2305.18290) of the SFT model on ranked completions."""
 
     train: str
     """Comparisons, as of `reward`."""
-    validation: str | None = None
     loss: Literal["sigmoid", "robust", "ipo", "plackett_luce"] = "sigmoid"
     """`sigmoid` is DPO's own, for all pairs of a comparison; `robust` the one that wrong labels do
     not bias (arXiv:2403.00409); `ipo` arXiv:2310.12036, eq. 17; `plackett_luce` takes the whole

@@ -5,15 +5,15 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from rayrlhf.config.section import NonNegative, Positive, PositiveFloat
-from rayrlhf.config.training import EarlyStopping, StageConfig
+from rayrlhf.config.training import EarlyStopping, RecordsConfig
 
 
-class RewardConfig(StageConfig):
+class RewardConfig(RecordsConfig):
     """Reward model on ranked completions."""
 
     train: str
-    """Comparisons: `prompt`, `responses` (K = 2 to 9), `ranks` (1 = best, ties allowed)."""
-    validation: str | None = None
+    """Comparisons: `prompt`, `responses` (K = 2 to 9), `ranks` (1 = best, ties allowed), and
+    perhaps `ratings` and `single_ratings`."""
     demonstrations: str | None = None
     """Records whose mean score is shifted to 0; None takes `sft.train`."""
     batch_size: Positive = 64
@@ -43,16 +43,6 @@ class RewardConfig(StageConfig):
     num_members: Positive = 1
     """Reward models to train, one after another, with heads and batches of seeds of their own.
     PPO takes the first; the evaluation reports what they agree on."""
-
-    @model_validator(mode="after")
-    def _early_stopping_has_data(self) -> Self:
-        asked = self.early_stopping not in (None, EarlyStopping())
-        if asked and self.validation is None:
-            raise ValueError(
-                "early_stopping compares accuracies on held-out data, but validation is empty: "
-                "set it, or take early_stopping out"
-            )
-        return self
 
     @model_validator(mode="after")
     def _targets_fit(self) -> Self:

@@ -131,11 +131,15 @@ class StageConfig(TrainingConfig):
     quantization: Literal["none", "nf4"] = "none"
     """Of the frozen weights under `lora`: nf4 holds a weight in 4 bits (QLoRA)."""
 
+    @property
+    def _asks_for_early_stopping(self) -> bool:
+        """Whether more than the default is asked for, which only acts where it can."""
+        default = type(self).model_fields["early_stopping"].default
+        return self.early_stopping not in (None, default)
+
     @model_validator(mode="after")
     def _early_stopping_measures(self) -> Self:
-        default = type(self).model_fields["early_stopping"].default
-        asked = self.early_stopping is not None and self.early_stopping != default
-        if asked and self.eval_every is None:
+        if self._asks_for_early_stopping and self.eval_every is None:
             raise ValueError(
                 "early_stopping compares evaluations, but eval_every is empty: set eval_every, "
                 "for example to a tenth of the steps, or take early_stopping out"
@@ -236,12 +240,27 @@ class PretrainConfig(StageConfig):
         return self
 
 
-class SFTConfig(StageConfig):
+class RecordsConfig(StageConfig):
+    """A stage that trains on records, and may be measured on others."""
+
+    validation: str | None = None
+    """Held-out records of the same kind."""
+
+    @model_validator(mode="after")
+    def _early_stopping_has_data(self) -> Self:
+        if self._asks_for_early_stopping and self.validation is None:
+            raise ValueError(
+                "early_stopping compares values on held-out data, but validation is empty: set it, "
+                "or take early_stopping out"
+            )
+        return self
+
+
+class SFTConfig(RecordsConfig):
     """Supervised fine-tuning on demonstrations; loss on the response only."""
 
     train: str
     """Demonstrations: `prompt` + `response`, or `messages`."""
-    validation: str | None = None
     batch_size: Positive = 32
     """InstructGPT appendix C.1 (1.3B and 6B)."""
     learning_rate: PositiveFloat = 9.65e-6
@@ -252,15 +271,6 @@ class SFTConfig(StageConfig):
     """Residual dropout, InstructGPT section 3.5."""
     neftune_alpha: NonNegative = 0.0
     """Noise on the embeddings in training (NEFTune, arXiv:2310.05914: 5, 10 or 15); 0 is none."""
-
-    @model_validator(mode="after")
-    def _early_stopping_has_data(self) -> Self:
-        if self.early_stopping is not None and self.validation is None:
-            raise ValueError(
-                "early_stopping compares losses on held-out data, but validation is empty: set it, "
-                "or take early_stopping out"
-            )
-        return self
 
 
 class RoleTrainingConfig(TrainingConfig):

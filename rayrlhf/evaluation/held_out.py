@@ -13,7 +13,6 @@ from rayrlhf.config import Recipe
 from rayrlhf.data.datasets import Record, encode_comparisons, pad
 from rayrlhf.data.packing import microbatches
 from rayrlhf.data.rows import PackedRows
-from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.evaluation.agreement import (
     PairAccuracy,
     calibration,
@@ -69,7 +68,7 @@ def rated_texts(
     for comparison in encode_comparisons(records, tokenizer, max_length):
         record = records[comparison.record]
         rows = by_source.setdefault(str(record.get("source", "all")), [])
-        other = len(encode_text(tokenizer, record["prompt"])) + 1  # end-of-text
+        other = comparison.prompt_length + 1  # end-of-text
         rows += [
             _Row(record, k, ids, len(ids) - other)
             for k, ids in zip(comparison.kept, comparison.ids, strict=True)
