@@ -15,6 +15,7 @@ from rayrlhf.training import loop
 from rayrlhf.training.best import Best, Selection
 from rayrlhf.training.reward import RewardStage
 from rayrlhf.training.sft import SFTStage
+from tests.training.conftest import write_jsonl
 from tests.training.ranks import Run, run_on_ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -122,3 +123,32 @@ def test_without_evaluations_nothing_stops(make_recipe: MakeRecipe, tmp_path: Pa
 def test_what_it_needs_is_said(make_recipe: MakeRecipe, section: Any, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         make_recipe(**section)
+
+
+def test_two_ranks_go_back_to_the_step_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Real evaluations; the largest accuracy on validation data that is not the training data."""
+    held_out = [
+        {"prompt": "A", "responses": [" good", " bad", " long", " today"], "ranks": [1, 3, 4, 2]},
+        {"prompt": "A", "responses": [" so happy", " works", " the law"], "ranks": [3, 1, 2]},
+    ]
+    section = {
+        "validation": write_jsonl(tmp_path / "held_out.jsonl", held_out),
+        "eval_every": 1,
+        "max_steps": 12,
+        "early_stopping": {"patience": 2},
+    }
+    one, two = make_recipe("one", reward=section), make_recipe("two", reward=section)
+    run_on_ranks([Run(one, RewardStage)], 1, tmp_path)
+    run_on_ranks([Run(two, RewardStage)], 2, tmp_path)
+    curves = [
+        [r["eval/pair_accuracy"] for r in read_jsonl(recipe.path / "reward" / "metrics.jsonl")]
+        for recipe in (one, two)
+    ]
+    assert curves[0] == curves[1]
+    best = 1 + curves[0].index(max(curves[0]))
+    assert best + 2 == len(curves[0]) < 12
+    for recipe in (one, two):
+        folder = recipe.path / "reward"
+        kept = load_file(folder / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
+        final = load_file(folder / "final" / "model.safetensors")
+        assert all(torch.equal(final[name], kept[name]) for name in kept)
