@@ -245,13 +245,8 @@ def test_a_package_that_is_missing(
 def test_nf4_trains_beside_weights_of_4_bits(
     make_recipe: MakeRecipe, tmp_path: Path, kind: type[Stage]
 ) -> None:
-    """Where bitsandbytes is installed; where it is not, the stage says what to do."""
     start = str(make_recipe("start").path / "pretrain" / "final")
     section = {kind.name: {"lora": LORA, "quantization": "nf4", "init": start}}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        with pytest.raises(RecipeError, match=r"rayrlhf\[qlora\]"):
-            kind(make_recipe(**section))
-        return
     whole, killed = (make_recipe(name, **section) for name in ("whole", "killed"))
     stage = kind(whole)
     module: Any = stage.build(None)
