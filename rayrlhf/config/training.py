@@ -31,9 +31,16 @@ class TrainingConfig(Section):
     """Decoupled decay (AdamW) of matrices; norms, biases and embeddings have none."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm (GPT-3: 1.0)."""
-    backend: Literal["ddp", "deepspeed"] = "ddp"
+    backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """`ddp` holds everything on every rank; `fsdp` (PyTorch's FSDP2) and `deepspeed` shard it.
+    Checkpoints fit all of them, and any number of ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage; only with backend=deepspeed."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer, and the weights that are in shards, are kept: `cpu` with ZeRO (stage 1
+    on) or FSDP, `nvme` with ZeRO stage 3 (ZeRO-Infinity, arXiv:2104.07857)."""
+    offload_dir: str | None = None
+    """Folder on the NVMe disk of every node; only with offload=nvme."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of forward and backward; master weights and optimizer stay in float32. `auto` takes bfloat16
     on devices that have instructions for it."""
@@ -72,11 +79,25 @@ class TrainingConfig(Section):
         return {"warmup_ratio": 0.0, **tree} if given else tree
 
     @model_validator(mode="after")
-    def _zero_needs_deepspeed(self) -> Self:
+    def _fits_the_backend(self) -> Self:
         if self.zero_stage and self.backend != "deepspeed":
             raise ValueError(
                 f"zero_stage={self.zero_stage} needs backend=deepspeed, not {self.backend}: "
                 "set backend=deepspeed or zero_stage=0"
+            )
+        if self.offload == "cpu" and self.backend != "fsdp" and not self.zero_stage:
+            raise ValueError(
+                "offload=cpu needs shards of the optimizer: set backend=fsdp, or "
+                "backend=deepspeed zero_stage=1 or more"
+            )
+        if self.offload == "nvme" and self.zero_stage != 3:
+            raise ValueError(
+                "offload=nvme needs backend=deepspeed zero_stage=3: set these, or offload=cpu"
+            )
+        if (self.offload == "nvme") != (self.offload_dir is not None):
+            raise ValueError(
+                f"offload={self.offload} with offload_dir={self.offload_dir}: set offload_dir to "
+                "a folder on the NVMe disk with offload=nvme, and not without"
             )
         return self
 

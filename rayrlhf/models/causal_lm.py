@@ -122,6 +122,10 @@ class CausalLMModel(nn.Module):
         self.noise = EmbeddingNoise(alpha)
         self.hf.get_input_embeddings().register_forward_hook(self.noise)
 
+    def generate(self, **settings: Any) -> Any:
+        """Return what the HF model generates; FSDP gathers the weights for calls of this method."""
+        return self.hf.generate(**settings)
+
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
     ) -> None:

@@ -54,7 +54,7 @@ def continuations(
 ) -> dict[str, str]:
     """Return a greedy and a sampled continuation of one prompt.
 
-    Every rank computes the same ones: under ZeRO-3 a forward is collective.
+    Every rank computes the same ones: under ZeRO-3 and FSDP a forward is collective.
     """
     module = backend.module
     assert isinstance(module, CausalLMModel)
@@ -63,7 +63,7 @@ def continuations(
     with evaluating(backend), torch.random.fork_rng():
         for kind in ("greedy", "sampled"):
             torch.manual_seed(seed)
-            out = module.hf.generate(
+            out = module.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_tokens,

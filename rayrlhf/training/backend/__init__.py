@@ -1,4 +1,4 @@
-"""DDP and DeepSpeed ZeRO behind one small interface; all loss scaling lives here.
+"""DDP, FSDP2 and DeepSpeed ZeRO behind one small interface; all loss scaling lives here.
 
     num_tokens = backend.global_sum(local_tokens)             # the one denominator of the step
     for i, micro in enumerate(micros):
@@ -7,8 +7,8 @@
     stats = backend.step()                                    # clip, AdamW, schedule
 
 The gradient is that of (sum of loss_sum over every micro-batch of every rank) / denominator,
-however the batch is split. Every rank calls backward equally often: with ZeRO, forward and backward
-are collective, so a rank with less to do adds micro-batches whose mask is 0.
+however the batch is split. Every rank calls backward equally often: with ZeRO and FSDP, forward and
+backward are collective, so a rank with less to do adds micro-batches whose mask is 0.
 """
 
 import torch
@@ -18,6 +18,7 @@ from rayrlhf.config import TrainingConfig
 from rayrlhf.models.execution import huggingface_model, set_execution
 from rayrlhf.training.backend.ddp import DDPBackend
 from rayrlhf.training.backend.deepspeed import DeepSpeedBackend
+from rayrlhf.training.backend.fsdp import FSDPBackend
 from rayrlhf.training.backend.interface import Backend
 from rayrlhf.training.backend.optimizer import (
     clip_gradients,
@@ -32,6 +33,7 @@ __all__ = [
     "Backend",
     "DDPBackend",
     "DeepSpeedBackend",
+    "FSDPBackend",
     "clip_gradients",
     "forward_precision",
     "has_bfloat16",
@@ -67,7 +69,11 @@ def make_backend(
         )
     if sequence_parallel > 1:
         split_sequences(module, sequence_parallel, device)
-    kind = DeepSpeedBackend if cfg.backend == "deepspeed" else DDPBackend
-    backend = kind(module, cfg, total_steps, device)
+    kinds: dict[str, type[Backend]] = {
+        "ddp": DDPBackend,
+        "fsdp": FSDPBackend,
+        "deepspeed": DeepSpeedBackend,
+    }
+    backend = kinds[cfg.backend](module, cfg, total_steps, device)
     backend.sequence_parallel = sequence_parallel
     return backend

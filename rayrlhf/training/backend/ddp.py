@@ -1,6 +1,6 @@
 """Data parallelism: every rank holds everything."""
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +8,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rayrlhf.config import TrainingConfig
 from rayrlhf.training.backend.interface import Backend
-from rayrlhf.training.backend.optimizer import (
-    clip_gradients,
-    make_optimizer,
-    may_update,
-    named_state,
-    set_named_state,
-)
+from rayrlhf.training.backend.optimizer import clip_gradients, make_optimizer, may_update
+from rayrlhf.training.backend.state import Slot
 
 
 class DDPBackend(Backend):
     """The whole model and optimizer on every rank; DistributedDataParallel reduces gradients."""
-
-    _layout = "backend=ddp"
 
     def __init__(
         self, module: nn.Module, cfg: TrainingConfig, total_steps: int, device: torch.device
@@ -37,14 +30,13 @@ class DDPBackend(Backend):
                 gradient_as_bucket_view=True,
             )
 
-    def _state_file(self, folder: str | Path) -> Path:
-        return Path(folder) / "optimizer.safetensors"
+    @property
+    def _replicated(self) -> bool:
+        return True
 
-    def _state(self) -> dict[str, Tensor] | None:
-        return named_state(self.optimizer, self._trained) if self.rank == 0 else None
-
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
-        set_named_state(self.optimizer, self._trained, tensors)
+    def _slots(self, changes: bool) -> Iterator[list[Slot]]:
+        del changes
+        yield [Slot(name, 0, p.numel(), p) for name, p in self._trained.items()]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

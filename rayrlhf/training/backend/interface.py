@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayrlhf.config import RecipeError, TrainingConfig
+from rayrlhf.config import TrainingConfig
 from rayrlhf.training.backend.optimizer import learning_rate, may_update
 from rayrlhf.training.backend.precision import forward_precision
-from rayrlhf.training.checkpoint import load_tensors, save_tensors
+from rayrlhf.training.backend.state import SavedState, Slot, file_of, save_slots
 
 
 class Backend(ABC):
@@ -58,7 +58,7 @@ class Backend(ABC):
         `denominator` is the global count, equal on every rank; where it is 0, so is every loss.
         Losses with denominators of their own (PPO-ptx) may be added within one step.
         """
-        # Both DDP and DeepSpeed divide the sum over ranks by the world size.
+        # DDP, FSDP and DeepSpeed divide the sum over ranks by the world size.
         scale = self.world_size / denominator if denominator > 0 else 0.0
         self._backward(loss_sum * scale, is_last)
 
@@ -99,37 +99,33 @@ class Backend(ABC):
 
     def save_state(self, folder: str | Path) -> None:
         """Write what `load_state` needs into `folder` (which exists); every rank calls it."""
-        tensors = self._state()
-        if tensors is not None:
-            meta = {
-                "num_steps": self.num_steps,
-                "num_skipped": self.num_skipped,
-                "world_size": self.world_size,
-                "layout": self._layout,
-            }
-            save_tensors(self._state_file(folder), tensors, meta)
+        meta = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
+        for part, slots in enumerate(self._slots(changes=False)):
+            path = file_of(folder, self.rank, self.world_size, part)
+            if self._replicated:
+                slots = [slot.share(self.rank, self.world_size) for slot in slots]
+            save_slots(path, slots, self._optimizer().state, meta)
         self.barrier()
 
     def load_state(self, folder: str | Path) -> None:
-        """Continue from `save_state`; every rank calls it.
+        """Continue from `save_state` of any backend and number of ranks; every rank calls it.
 
-        The module must have been built from the weights of the same checkpoint.
-        Raises RecipeError when another backend or number of workers wrote it.
+        The module must have been built from the weights of the same checkpoint. With the same
+        backend and number of ranks, training goes on bit by bit as it would have.
+        Raises RecipeError for a folder that is incomplete, or of a model that trains other
+        parameters.
         """
-        tensors, meta = load_tensors(self._state_file(folder))
-        if meta["layout"] != self._layout:
-            raise RecipeError(
-                f"{folder}: written with {meta['layout']}, but the recipe says "
-                f"{self._layout}: use that, or start afresh in another run_dir"
-            )
-        self.num_steps = meta["num_steps"]
-        self.num_skipped = meta["num_skipped"]
-        self._restore(tensors)
+        saved = SavedState(folder)
+        saved.check(name for name, p in self.module.named_parameters() if p.requires_grad)
+        self.num_steps = saved.meta["num_steps"]
+        self.num_skipped = saved.meta["num_skipped"]
+        for slots in self._slots(changes=True):
+            saved.restore(slots, self._optimizer().state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, float32 CPU tensor) of every weight, shared ones once; every rank calls it.
 
-        Under ZeRO-3 each step of the iterator is a collective: exhaust it on every rank.
+        Where weights are sharded, each step is a collective: exhaust the iterator on every rank.
         """
         kept = set(self.module.state_dict(keep_vars=True))
         for name, parameter in self.module.named_parameters():
@@ -154,23 +150,20 @@ class Backend(ABC):
         return parameter
 
     @property
-    @abstractmethod
-    def _layout(self) -> str:
-        """How the state is spread over files; a checkpoint fits the same layout only."""
+    def _replicated(self) -> bool:
+        """Whether every rank has all of the optimizer's state."""
+        return False
 
     @abstractmethod
-    def _state_file(self, folder: str | Path) -> Path: ...
+    def _slots(self, changes: bool) -> Iterator[list[Slot]]:
+        """Yield what this rank has of the optimizer's state, in parts.
 
-    @abstractmethod
-    def _state(self) -> dict[str, Tensor] | None:
-        """Return what this rank has to store, None when another rank stores it."""
-
-    @abstractmethod
-    def _restore(self, tensors: dict[str, Tensor]) -> None: ...
+        A part is in memory until the next is asked for, and is then stored again if `changes`.
+        """
 
     @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer whose param_groups hold the learning rate."""
+        """Return the optimizer of PyTorch that holds the learning rate and the state."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, is_last: bool) -> None: ...

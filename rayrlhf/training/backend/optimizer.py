@@ -1,7 +1,7 @@
-"""AdamW, its schedule, clipping, and its state by the names of the parameters."""
+"""AdamW, its schedule and clipping."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,30 +66,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     total = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
     norm = total.item()
-    if math.isfinite(norm) and norm > max_norm:
-        nn.utils.clip_grads_with_norm_(trained, max_norm, total, foreach=True)
+    if math.isfinite(norm):
+        scale_gradients(trained, total, max_norm)
     return norm
 
 
-def named_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """Return an optimizer's state as {"exp_avg.<name>": tensor, ...}; empty before a step."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def set_named_state(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Put back what `named_state` returned."""
-    optimizer.state.clear()
-    for label, value in tensors.items():
-        key, _, name = label.partition(".")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+def scale_gradients(trained: Sequence[nn.Parameter], norm: Tensor | float, max_norm: float) -> None:
+    """Scale gradients, whose global norm is `norm`, in place to one of at most `max_norm`."""
+    if norm > max_norm:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, torch.as_tensor(norm), foreach=True)

@@ -21,4 +21,4 @@ def forward_precision(
     """Say what a backend computes in: float32, bfloat16 by autocast, or with bfloat16 weights."""
     if cfg.precision == "float32" or (cfg.precision == "auto" and not has_bfloat16(device)):
         return "float32"
-    return "bfloat16" if cfg.zero_stage > 0 else "autocast"
+    return "bfloat16" if cfg.zero_stage > 0 or cfg.backend == "fsdp" else "autocast"
