@@ -82,6 +82,16 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
         ({"sft": {}}, ["sft.train is missing", "add it"]),
         ({"sft": {"train": "x", "batch_size": 0}}, ["sft.batch_size=0", "greater than 0"]),
         ({"pretrain": {"zero_stage": 2}}, ["zero_stage=2", "set backend=deepspeed"]),
+        ({"pretrain": {"offload": "cpu"}}, ["offload=cpu needs shards", "set backend=fsdp"]),
+        (
+            {"pretrain": {"backend": "deepspeed", "zero_stage": 2, "offload": "nvme"}},
+            ["offload=nvme needs backend=deepspeed zero_stage=3"],
+        ),
+        (
+            {"pretrain": {"backend": "deepspeed", "zero_stage": 3, "offload": "nvme"}},
+            ["offload_dir=None", "set offload_dir to a folder on the NVMe disk"],
+        ),
+        ({"pretrain": {"offload_dir": "/nvme"}}, ["offload=none with offload_dir=/nvme"]),
         ({"model": {"hidden_size": 190}}, ["model.hidden_size=190", "set hidden_size=186"]),
         ({"model": {"num_heads": 4, "num_kv_heads": 3}}, ["set num_kv_heads=4"]),
         ({"model": {"num_heads": 4, "num_kv_heads": 4}}, ["= 48 is a head size", "change one"]),

@@ -13,15 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rayrlhf.config import RecipeError
 from rayrlhf.lineage import CARD
 
 MANIFEST = "manifest.json"
@@ -120,22 +118,6 @@ def save_tensors(
         for name, tensor in tensors.items()
     }
     save_file(plain, str(path), metadata={"meta": json.dumps(dict(meta or {}))})
-
-
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors (on the CPU) and the meta that `save_tensors` wrote."""
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            names: Iterable[str] = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            meta: dict[str, Any] = json.loads((file.metadata() or {}).get("meta", "{}"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: the checkpoint has no such file; it was written by another "
-            "number of workers or another backend: use those, or start afresh in "
-            "another run_dir"
-        ) from None
-    return tensors, meta
 
 
 def _steps(checkpoints: Path) -> list[Path]:

@@ -38,9 +38,8 @@ class FSDPBackend(Backend):
     ) -> None:
         need_process_group(device)
         super().__init__(module, cfg, total_steps, device)
-        # The log-probs are a view, which nobody overwrites; FSDP2 calls old names of PyTorch itself.
+        # The log-probs are a view, which nobody overwrites.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         mesh = init_device_mesh(device.type, (self.world_size,))
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self._precision == "bfloat16" else None,

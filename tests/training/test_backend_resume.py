@@ -1,4 +1,4 @@
-"""DeepSpeed on two CPU ranks: resume equals uninterrupted, and the losses are those of DDP."""
+"""The loop on two CPU ranks: resume equals uninterrupted, and the losses are those of DDP."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +24,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
         "zero_stage": 3,
         "gradient_checkpointing": True,
     },
+    "fsdp": {"backend": "fsdp"},
     **{f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in range(4)},
     **{
         f"zero{stage}-bfloat16": {
