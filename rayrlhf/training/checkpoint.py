@@ -13,11 +13,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayrlhf.lineage import CARD
@@ -118,6 +119,15 @@ def save_tensors(
         for name, tensor in tensors.items()
     }
     save_file(plain, str(path), metadata={"meta": json.dumps(dict(meta or {}))})
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors (on the CPU) and the meta that `save_tensors` wrote."""
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        names: Iterable[str] = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+        meta: dict[str, Any] = json.loads(file.metadata()["meta"])
+    return tensors, meta
 
 
 def _steps(checkpoints: Path) -> list[Path]:

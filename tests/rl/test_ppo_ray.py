@@ -174,8 +174,8 @@ def test_zero_2_has_the_metrics_of_ddp_resumes_and_exports(
     state = zero / "ppo" / "checkpoints" / "step-00000002" / "training_state"
     for role in ("actor", "critic"):
         assert sorted(file.name for file in (state / role).glob("optimizer*")) == [
-            "optimizer-rank00000.safetensors",
-            "optimizer-rank00001.safetensors",
+            "optimizer-00000-of-00002-00000.safetensors",
+            "optimizer-00001-of-00002-00000.safetensors",
         ]
 
     # The run as a kill after the first step leaves it.
