@@ -151,10 +151,11 @@ def test_a_batch_larger_than_the_data(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_have_the_numbers_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """DDP, whole and killed; ZeRO-3 with a rank without work; Ulysses, which shares the rows."""
+    """DDP, whole and killed; FSDP; ZeRO-3 with a rank without work; Ulysses, which shares rows."""
     uneven = {"batch_size": 1, "max_steps": 3}
     zero = {**uneven, "backend": "deepspeed", "zero_stage": 3}
-    sections: dict[str, dict[str, Any]] = {"ddp": {}, "killed": {}, "zero3": zero}
+    fsdp = {"backend": "fsdp"}
+    sections: dict[str, dict[str, Any]] = {"ddp": {}, "killed": {}, "zero3": zero, "fsdp": fsdp}
     recipes = {name: make_recipe(name, dpo=section) for name, section in sections.items()}
     shared = {"num_workers": 2, "sequence_parallel": 2}
     recipes["ulysses"] = make_recipe("ulysses", resources=shared)
