@@ -59,6 +59,13 @@ def scorer() -> ScalarHeadModel:
 MODELS = [llama, gpt2, scorer]
 
 
+@pytest.fixture(autouse=True)
+def _may_compile() -> Iterator[None]:
+    """Let torch compile: a vLLM engine that computes eagerly forbids it to its process."""
+    with torch._dynamo.config.patch(disable=False):
+        yield
+
+
 def batch(rows: int, tokens: int, *, apart: bool = True) -> tuple[Tensor, Tensor]:
     """Return ids and mask (rows, tokens): two documents a row and padding, or one."""
     generator = torch.Generator().manual_seed(rows * tokens)
