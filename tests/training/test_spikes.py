@@ -14,7 +14,7 @@ from rayrlhf.config import LossSpikeConfig, Recipe, RecipeError, TrainingConfig
 from rayrlhf.console import Progress
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.training import loop
-from rayrlhf.training.backend import make_backend
+from rayrlhf.training.backend import DDPBackend, make_backend
 from rayrlhf.training.pretrain import PretrainStage
 from rayrlhf.training.spikes import SpikeGuard
 
@@ -88,7 +88,9 @@ def test_a_norm_above_the_limit_moves_nothing(limit: float) -> None:
     )
     backend.backward(backend(torch.ones(1, 2)).sum(), 1.0, is_last=True)
     backend.step()
-    before = {name: value.clone() for name, value in backend._state().items()}  # type: ignore[union-attr]
+    assert isinstance(backend, DDPBackend)
+    (state,) = backend.optimizer.state.values()
+    before = {name: value.clone() for name, value in state.items()}
     weight = next(backend.module.parameters()).clone()
     for _ in range(2):
         backend.backward(backend(torch.ones(1, 2)).sum(), 1.0, is_last=True)
@@ -96,7 +98,7 @@ def test_a_norm_above_the_limit_moves_nothing(limit: float) -> None:
     assert stats["grad_norm"] == pytest.approx(math.sqrt(2))
     assert stats["skipped_steps"] == 2 and backend.num_steps == 3
     assert torch.equal(weight, next(backend.module.parameters()))
-    for name, value in backend._state().items():  # type: ignore[union-attr]
+    for name, value in state.items():
         assert torch.equal(value, before[name])
     backend.backward(backend(torch.ones(1, 2)).sum(), 1.0, is_last=True)
     stats = backend.step(1.5)  # the gradients of the skipped ones are gone
