@@ -4,8 +4,10 @@
     python jobs/scaling_law.py RECIPE [key.sub=value ...] --widths 32 48 64 96 128 192
 
 The first reads run directories whose pretraining is done. The second builds the recipe's corpus,
-trains a model of each width on it (as deep as the recipe's, same tokens, same learning rate), fits
-all but the widest, and says how far from the measured loss of that one the prediction is.
+trains a model of each width on it (as deep as the recipe's, same tokens), fits all but the widest,
+and says how far from the measured loss of that one the prediction is. The learning rate is the
+recipe's at the recipe's width, and falls as 1 / width: a law needs every size trained about equally
+well, and one rate for all is too high for the widest (muP, arXiv:2203.03466, table 3).
 Writes scaling_law.json and scaling_law.png beside the runs.
 """
 
@@ -46,6 +48,8 @@ def _train(recipe: Recipe, path: str, overrides: list[str], widths: list[int]) -
     least = scaling_law.MIN_RUNS["compute"] + 1
     if len(widths) < least:
         raise RecipeError(f"--widths has {len(widths)} sizes: give {least} or more, one to predict")
+    if recipe.pretrain is None:
+        raise RecipeError(f"{path} has no section pretrain, of which --widths changes the model")
     shape = recipe.model
     head_size = shape.hidden_size // shape.num_heads
     wrong = [width for width in widths if width % head_size]
@@ -65,6 +69,7 @@ def _train(recipe: Recipe, path: str, overrides: list[str], widths: list[int]) -
             "tokenizer.path": recipe.path / "tokenizer",
             "pretrain.corpus": recipe.path / "corpus",
             "model.hidden_size": width,
+            "pretrain.learning_rate": recipe.pretrain.learning_rate * shape.hidden_size / width,
             "model.num_heads": heads,
             "model.num_kv_heads": heads,
             "model.intermediate_size": shape.intermediate_size * width // shape.hidden_size,

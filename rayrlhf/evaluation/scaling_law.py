@@ -205,6 +205,7 @@ def write_plot(
                 [following.flops], [following.loss], "*", ms=12, color="#1f9d74", label="measured"
             )
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     axes.set_xlabel("training compute C = 6 N D, floating-point operations")
     axes.set_ylabel("held-out loss, nats per token")
     axes.grid(color="#e4e7ec")

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from rayrlhf import config
 from rayrlhf.config import RecipeError
 from rayrlhf.evaluation import scaling_law
 from rayrlhf.evaluation.scaling_law import TrainedRun, fit, multiplied_parameters, read_run
@@ -197,3 +198,34 @@ def test_the_plot_of_the_law_in_size(tmp_path: Path) -> None:
     scaling_law.write_plot(tmp_path / "deep" / "law.png", law, runs, replace(runs[0], loss=None))
     assert (tmp_path / "deep" / "law.png").stat().st_size > 10_000
     assert math.isfinite(law.interval(1e9, 1e9)[0])
+
+
+def test_the_job_trains_each_width_alike(
+    job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe is 192 wide: a third of it has a third of the heads and three times the rate."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(job, "_command", commands.append)
+    monkeypatch.setattr(scaling_law, "read_run", lambda folder: TrainedRun(folder.name, 1, 1, 1.0))
+    monkeypatch.setattr(job.scaling_law, "fit", lambda runs, form: by_compute_fit)
+    by_compute_fit = fit(by_compute(), num_bootstrap=2)
+    written: list[Any] = []
+    monkeypatch.setattr(job.scaling_law, "write_results", lambda *args: written.append(args))
+    monkeypatch.setattr(job.scaling_law, "write_plot", lambda *args: None)
+    recipe = str(ROOT / "configs/scaling.yaml")
+    widths = ["64", "32", "192", "96", "128"]
+    monkeypatch.setattr(sys, "argv", ["x", recipe, "seed=3", "--widths", *widths])
+    assert job.main() == 0
+    assert commands[0] == ["corpus", recipe, "seed=3"]
+    trained = [config.load(recipe, command[2:]) for command in commands[1:]]
+    assert [each.model.hidden_size for each in trained] == [32, 64, 96, 128, 192]
+    changed = trained[1]
+    assert changed.seed == 3 and changed.pretrain is not None
+    shape = changed.model
+    assert (shape.hidden_size, shape.num_heads, shape.intermediate_size) == (64, 4, 170)
+    assert changed.pretrain.learning_rate == pytest.approx(3 * 2e-3)
+    assert changed.path == Path("runs/scaling/width-64")
+    assert changed.pretrain.corpus == "runs/scaling/corpus"
+    assert [run.name for run in written[0][2]] == ["width-32", "width-64", "width-96", "width-128"]
+    assert written[0][3].name == "width-192"
+    assert "measured 1.0000" in capsys.readouterr().out
