@@ -26,9 +26,7 @@ class Meter:
         self._flops, self._backend = flops, backend
         is_float32 = forward_precision(backend.cfg, backend.device) == "float32"
         dtype = torch.float32 if is_float32 else torch.bfloat16
-        # Ranks that share rows have a speed each.
-        own_rate = backend.sequence_parallel * matmul_rate(backend.device, dtype)
-        self._rate = backend.global_sum(own_rate)
+        self._rate = backend.rank_sum(matmul_rate(backend.device, dtype))
 
     def metrics(self, micros: "Iterable[MicroBatch]", seconds: float) -> dict[str, float]:
         """Return `perf/...` of a step over this rank's micro-batches; every rank calls it."""

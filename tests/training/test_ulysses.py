@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 KEYS = ("loss", "eval/loss", "grad_norm", "tokens", "pair_accuracy", "num_pairs", "eval/num_pairs")
 NOISE = (DPOStage, "pair_accuracy")
 """The policy starts as the reference: which of two responses it prefers is rounding."""
+FSDP = {"backend": "fsdp"}
 ZERO3 = {"backend": "deepspeed", "zero_stage": 3}
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 STAGES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
@@ -50,6 +51,7 @@ SPLITS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "4-by-2": (4, 2, {"gradient_checkpointing": True}),
     "4-by-4": (4, 4, {}),
     "2-by-2-zero3": (2, 2, ZERO3),
+    "4-by-2-fsdp": (4, 2, FSDP),
 }
 
 
@@ -188,7 +190,7 @@ def test_ranks_that_share_rows_equal_one_process(
         (name, stage): job(name, stage, *how)
         for name, how in SPLITS.items()
         for stage in STAGES
-        if how[-1] is not ZERO3 or stage in ("apart", "reward")
+        if how[-1] not in (ZERO3, FSDP) or stage in ("apart", "reward")
     }
     mp.spawn(_ranks, (str(tmp_path), list(split.values()), str(grouped_model)), nprocs=4)
 

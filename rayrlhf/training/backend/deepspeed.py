@@ -148,9 +148,9 @@ class DeepSpeedBackend(Backend):
         """Return the global norm of the gradients; where they are in parts, none overlap."""
         if self.cfg.offload != "none":
             norms = self.engine.optimizer.norm_for_param_grads.values()
-            return math.sqrt(self.global_sum(sum(float(norm) ** 2 for norm in norms)))
+            return math.sqrt(self.rank_sum(sum(float(norm) ** 2 for norm in norms)))
         squares = sum(float(g.float().square().sum()) for g in self._reduced_gradients())
-        return math.sqrt(squares if self._reduces_whole else self.global_sum(squares))
+        return math.sqrt(squares if self._reduces_whole else self.rank_sum(squares))
 
     def _spoil(self) -> None:
         """Make `engine.step` skip, as it does for a NaN."""

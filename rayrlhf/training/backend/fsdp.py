@@ -86,7 +86,7 @@ class FSDPBackend(Backend):
         trained = [p for p in self._trained.values() if p.grad is not None]
         shards = [p.grad.to_local() for p in trained if isinstance(p.grad, DTensor)]
         here = nn.utils.get_total_norm(shards, foreach=True).item()
-        norm = math.sqrt(self.global_sum(here**2))
+        norm = math.sqrt(self.rank_sum(here**2))
         # The same on every rank, so all of them decide alike.
         if may_update(norm, norm_limit):
             scale_gradients(trained, norm, self.cfg.grad_clip)

@@ -89,6 +89,10 @@ class Backend(ABC):
         """Return `value` summed over the parts of the data (float64)."""
         return self.global_sums([value])[0]
 
+    def rank_sum(self, value: float) -> float:
+        """Return `value` summed over all ranks (float64), each of which has its own."""
+        return self._reduce([value], dist.ReduceOp.SUM)[0]
+
     def global_max(self, value: float) -> float:
         """Return the largest `value` of all ranks."""
         return self._reduce([value], dist.ReduceOp.MAX)[0]
