@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.config import RecipeError, TrainingConfig
+from rayrlhf.training.backend import native_ops
 from rayrlhf.training.backend.interface import Backend
 from rayrlhf.training.backend.optimizer import clip_gradients, make_optimizer, may_update
 from rayrlhf.training.backend.process_group import need_process_group
@@ -231,6 +232,7 @@ def _require_async_io() -> None:
             f"offload=nvme needs libaio on every node, and {socket.gethostname()} lacks it: "
             "apt install libaio-dev, or set offload=cpu"
         )
+    native_ops.build(AsyncIOBuilder().load)
 
 
 def meet_deepspeed_needs(device: torch.device) -> None:
@@ -241,3 +243,7 @@ def meet_deepspeed_needs(device: torch.device) -> None:
     if beside not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], beside])
     need_process_group(device)
+    if device.type == "cpu":
+        from deepspeed.comm.torch import build_shm_op
+
+        native_ops.build(build_shm_op)
