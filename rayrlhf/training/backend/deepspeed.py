@@ -127,9 +127,10 @@ class DeepSpeedBackend(Backend):
             return norm
         # Of a step that may be skipped, the norm is needed before DeepSpeed clips and updates.
         norm = math.nan if norm_limit == math.inf else self._norm()
-        if norm > norm_limit:
-            self._spoil()
+        spoilt = self._spoil() if norm > norm_limit else []
         self.engine.step()  # clips, and skips on overflow
+        for gradient in spoilt:
+            gradient.zero_()  # stage 3 keeps them, and never writes to what fills a part up
         return norm if norm > norm_limit else float(self.engine.get_global_grad_norm())
 
     @property
@@ -153,16 +154,18 @@ class DeepSpeedBackend(Backend):
         squares = sum(float(g.float().square().sum()) for g in self._reduced_gradients())
         return math.sqrt(squares if self._reduces_whole else self.rank_sum(squares))
 
-    def _spoil(self) -> None:
-        """Make `engine.step` skip, as it does for a NaN."""
+    def _spoil(self) -> list[Tensor]:
+        """Make `engine.step` skip, as it does for a NaN; return what has one now."""
         if self.cfg.offload == "none":
-            for gradient in self._reduced_gradients():
+            gradients = self._reduced_gradients()
+            for gradient in gradients:
                 gradient.fill_(math.nan)
-            return
+            return gradients
         # The gradients are away, and DeepSpeed clips and skips by the norms that it took before.
         norms = self.engine.optimizer.norm_for_param_grads
         for key, norm in norms.items():
             norms[key] = norm * math.nan
+        return []
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0:
