@@ -26,6 +26,8 @@ PACKAGES = (
     "pyarrow",
     "tokenizers",
 )
+BEGUN = "begun.json"
+"""In the run directory: the hashes of what each stage read when it was begun."""
 CARD = "README.md"
 """The model card of a folder, which says when and by what it was made, and is no part of it."""
 OUTPUTS = {

@@ -233,7 +233,7 @@ def _tokenizer_hash(recipe: Recipe) -> str | None:
 
 def _renew_tokenizer(recipe: Recipe) -> None:
     """Remove the run's copy of a named tokenizer when the files there are no longer the same."""
-    path = recipe.path / "begun.json"
+    path = recipe.path / lineage.BEGUN
     begun = lineage.read_json(path)
     found = _tokenizer_hash(recipe)
     if found is not None and begun.get("tokenizer") != found:
@@ -252,7 +252,7 @@ def _interval(recipe: Recipe, stage: str) -> int:
 
 def _begin(recipe: Recipe, stage: str, folder: Path, read: dict[str, str]) -> None:
     """Keep the folder of the same work; move the folder of other work aside."""
-    path = recipe.path / "begun.json"
+    path = recipe.path / lineage.BEGUN
     begun = lineage.read_json(path)
     if folder.exists() and begun.get(stage) != read:
         previous = folder.with_name(f"{folder.name}.previous")

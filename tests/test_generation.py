@@ -1,8 +1,6 @@
 """The engine: the real vLLM in a process of its own (it changes torch for the whole process)."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 
 from rayrlhf.generation import engine_arguments, request_seed
 from tests.rl.inline import engine_model
+from tests.scripts import result_of
 
 SCRIPT = """
 import json, sys
@@ -128,17 +127,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     # What a model's folder says of sampling must not reach PPO: it changes the distribution.
     cut = {"do_sample": True, "top_k": 2, "top_p": 0.3, "min_p": 0.5, "repetition_penalty": 2.0}
     (first / "generation_config.json").write_text(json.dumps(cut), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(first), str(changed)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
+    result: dict[str, Any] = result_of(SCRIPT, str(first), str(changed))
     return result
 
 

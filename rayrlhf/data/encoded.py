@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -53,6 +54,7 @@ _SCHEMA = pa.schema(
         ("single_ratings", pa.list_(pa.list_(pa.float64()))),
     ]
 )
+_OF_COMPARISONS = tuple(field.name for field in fields(Comparison))
 Item = TypeVar("Item")
 
 
@@ -138,15 +140,7 @@ def comparisons(
     return Encoded(
         files,
         first,
-        lambda row: Comparison(
-            row["ids"],
-            row["ranks"],
-            row["record"],
-            row["kept"],
-            row["prompt_length"],
-            row["ratings"],
-            row["single_ratings"],
-        ),
+        lambda row: Comparison(**{name: row[name] for name in _OF_COMPARISONS}),
     )
 
 
@@ -256,7 +250,7 @@ def _rows(
         elif row["ranks"] and len(set(row["ranks"])) == 1 and not rules["keep_ties"]:
             counts["no_pair"] += 1
         else:
-            yield {"record": counts["records"], **row}
+            yield {**row, "record": counts["records"]}
         counts["records"] += 1
 
 
@@ -274,15 +268,7 @@ def _row(
         ranked = encode_comparison(record, tokenizer, max_length)
         if ranked is None:
             return None
-        return {
-            **empty,
-            "ids": ranked.ids,
-            "ranks": ranked.ranks,
-            "kept": ranked.kept,
-            "prompt_length": ranked.prompt_length,
-            "ratings": ranked.ratings,
-            "single_ratings": ranked.single_ratings,
-        }
+        return {**empty, **vars(ranked)}
     ids = encode_prompt(record, tokenizer)
     return {**empty, "ids": [ids]} if len(ids) <= max_length else None
 

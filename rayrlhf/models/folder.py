@@ -123,13 +123,16 @@ def run_trunk(
     within each run. Attention needs nothing but them: causal attention never looks at padding on
     the right, and transformers keeps runs apart where position ids start again.
     """
-    previous, current = attention_mask[:, :-1], attention_mask[:, 1:]
-    position_ids = None
-    if (current > previous).any():
-        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        starts = F.pad(current != previous, (1, 0), value=True)  # (b, S)
-        position_ids = columns - torch.where(starts, columns, 0).cummax(dim=1).values
+    is_plain = not (attention_mask[:, 1:] > attention_mask[:, :-1]).any()
+    position_ids = None if is_plain else document_positions(attention_mask)
     return sequence.trunk(model, input_ids, position_ids)
+
+
+def document_positions(attention_mask: Tensor) -> Tensor:
+    """Return (b, S) int64: how many tokens of its own run of equal numbers stand before each."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    starts = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)  # (b, S)
+    return columns - torch.where(starts, columns, 0).cummax(dim=1).values
 
 
 def checkpoint_weights(

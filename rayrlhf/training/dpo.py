@@ -24,12 +24,11 @@ from rayrlhf.data.datasets import batch_indices, lay_out, number_documents, pad,
 from rayrlhf.data.packing import pack_tight, within_budget
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.training.backend import Backend
-from rayrlhf.training.language_model import continuations
+from rayrlhf.training.language_model import SAMPLE_TOKENS, continuations
 from rayrlhf.training.loop import train_stage
 from rayrlhf.training.reference import SAVE_EVERY_S, ReferenceLogProbs
-from rayrlhf.training.stage import MicroBatch, Stage, evaluating, global_totals, padded
+from rayrlhf.training.stage import MicroBatch, Stage, evaluating, padded
 
-SAMPLE_TOKENS = 24
 PROMPTS_LOOKED_AT = 256
 
 
@@ -289,9 +288,7 @@ class DPOStage(Stage):
         if self.validation is None:
             return {}
         micros = self._share(self.validation, range(len(self.validation)), backend)
-        with evaluating(backend):
-            sums, count = global_totals(self, backend, micros)
-        return {f"eval/{name}": value for name, value in self.metrics(sums, count).items()}
+        return self.held_out_metrics(backend, micros)
 
     def samples(self, backend: Backend, step: int) -> list[dict[str, Any]]:
         """Continue the first held-out prompts at each evaluation."""
@@ -300,17 +297,14 @@ class DPOStage(Stage):
             return []
         records = []
         for prompt in self._sample_prompts():
-            texts = continuations(
+            records += continuations(
                 backend,
                 self.tokenizer,
+                self.tokenizer.decode(prompt),
                 prompt,
-                max_tokens=min(SAMPLE_TOKENS, self.recipe.model.max_length - len(prompt)),
                 seed=self.recipe.seed + step,
+                max_tokens=min(SAMPLE_TOKENS, self.recipe.model.max_length - len(prompt)),
             )
-            records += [
-                {"prompt": self.tokenizer.decode(prompt), "text": text, "kind": kind}
-                for kind, text in texts.items()
-            ]
         return records
 
     def _sample_prompts(self) -> list[list[int]]:

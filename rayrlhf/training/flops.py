@@ -8,13 +8,12 @@ computes again. For dense models whose layers all attend to the whole document.
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.models.execution import huggingface_model
+from rayrlhf.models.folder import document_positions
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ def attended_pairs(attention_mask: Tensor) -> int:
 
     The mask is 0 on padding and numbers the documents of a row, as in `models.folder.run_trunk`.
     """
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
-    begins = torch.where(changes, columns, 0).cummax(dim=1).values  # (b, S) of the own document
-    return int(((columns - begins + 1) * (attention_mask > 0)).sum())
+    return int(((document_positions(attention_mask) + 1) * (attention_mask > 0)).sum())
 
 
 def _per_entry(weight: Tensor) -> int:

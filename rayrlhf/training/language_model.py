@@ -13,6 +13,9 @@ from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.stage import MicroBatch, Stage, evaluating, global_totals
 
+SAMPLE_TOKENS = 24
+"""Longest continuation that is shown while training."""
+
 
 @dataclass(frozen=True)
 class TextBatch(MicroBatch):
@@ -49,17 +52,23 @@ class LanguageModelStage(Stage):
         return sums["loss"], count
 
 
-def continuations(
-    backend: Backend, tokenizer: Any, prompt_ids: list[int], *, max_tokens: int, seed: int
-) -> dict[str, str]:
-    """Return a greedy and a sampled continuation of one prompt.
+def continuations(  # noqa: PLR0913 (each is a plain choice)
+    backend: Backend,
+    tokenizer: Any,
+    prompt: str,
+    prompt_ids: list[int],
+    *,
+    seed: int,
+    max_tokens: int = SAMPLE_TOKENS,
+) -> list[dict[str, str]]:
+    """Return a greedy and a sampled continuation of one prompt, as lines of samples.jsonl.
 
     Every rank computes the same ones: under ZeRO-3 and FSDP a forward is collective.
     """
     module = backend.module
     assert isinstance(module, CausalLMModel)
     ids = torch.tensor([prompt_ids], device=backend.device)  # (1, S)
-    texts = {}
+    records = []
     with evaluating(backend), torch.random.fork_rng():
         for kind in ("greedy", "sampled"):
             torch.manual_seed(seed)
@@ -72,5 +81,6 @@ def continuations(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-            texts[kind] = tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True)
-    return texts
+            text = tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True)
+            records.append({"prompt": prompt, "text": text, "kind": kind})
+    return records

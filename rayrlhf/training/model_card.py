@@ -112,7 +112,7 @@ def _training(recipe: Recipe, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _inputs(recipe: Recipe, stage: str) -> str:
     """Return a table of what the stage has read: name, path where it has one, hash."""
-    noted = lineage.read_json(recipe.path / "begun.json").get(stage, {})
+    noted = lineage.read_json(recipe.path / lineage.BEGUN).get(stage, {})
     paths = {f"{f.stage}.{f.key}": f.path for f in data_files(recipe) if f.stage == stage}
     rows = {name: paths.get(name, "") for name in (*paths, *noted)}
     lines = [f"| {name} | {path} | {noted.get(name, '')} |" for name, path in rows.items()]

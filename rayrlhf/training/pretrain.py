@@ -24,8 +24,6 @@ from rayrlhf.training.loop import train_stage
 from rayrlhf.training.schedule import BatchSizes, warmup_cosine
 from rayrlhf.training.spikes import SpikeGuard
 
-SAMPLE_TOKENS = 24
-
 
 def pretrain(recipe: Recipe) -> Path:
     """Train the base model on the packed corpus; return its folder.
@@ -201,16 +199,10 @@ class PretrainStage(LanguageModelStage):
             return []
         records = []
         for prompt in self.cfg.sample_prompts:
-            texts = continuations(
-                backend,
-                self.tokenizer,
-                encode_text(self.tokenizer, prompt),
-                max_tokens=SAMPLE_TOKENS,
-                seed=self.recipe.seed + step,
+            ids = encode_text(self.tokenizer, prompt)
+            records += continuations(
+                backend, self.tokenizer, prompt, ids, seed=self.recipe.seed + step
             )
-            records += [
-                {"prompt": prompt, "text": text, "kind": kind} for kind, text in texts.items()
-            ]
         return records
 
 

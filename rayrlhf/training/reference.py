@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rayrlhf.config import RecipeError
+from rayrlhf.data import storage
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.checkpoint import load_tensors, save_tensors
 
@@ -72,7 +73,6 @@ class ReferenceLogProbs:
         if time.monotonic() - self._saved < after_s:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".tmp")
-        save_tensors(new, {"log_probs": self.values}, {"origin": origin})
-        new.replace(self.path)
+        with storage.replacing(self.path) as new:
+            save_tensors(new, {"log_probs": self.values}, {"origin": origin})
         self._saved = time.monotonic()

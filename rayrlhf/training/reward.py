@@ -33,15 +33,14 @@ from rayrlhf.data.datasets import (
     lay_out,
     number_documents,
     pad,
-    shard,
 )
-from rayrlhf.data.encoded import Encoded, token_counts
+from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.packing import microbatches, pack_tight, within_budget
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.best import Selection
 from rayrlhf.training.loop import train_stage
-from rayrlhf.training.stage import MicroBatch, Stage, evaluating, global_totals
+from rayrlhf.training.stage import MicroBatch, Stage, evaluating, own_share
 
 
 def train_reward(recipe: Recipe) -> Path:
@@ -196,16 +195,7 @@ class RewardStage(Stage):
         """Return eval/loss and eval/pair_accuracy (all pairs alike) on the validation set."""
         if not self.validation:
             return {}
-        mine = shard(
-            range(len(self.validation)),
-            backend.data_rank,
-            backend.data_size,
-            token_counts(self.validation),
-        )
-        micros = self._cut([self.validation[index] for index in mine])
-        with evaluating(backend):
-            sums, count = global_totals(self, backend, micros)
-        return {f"eval/{name}": value for name, value in self.metrics(sums, count).items()}
+        return self.held_out_metrics(backend, self._cut(own_share(backend, self.validation)))
 
     def finish(self, backend: Backend) -> None:
         """Store the mean score of the demonstrations as the model's shift."""
@@ -216,15 +206,14 @@ class RewardStage(Stage):
 
     def mean_score(self, backend: Backend, examples: Sequence[Example]) -> float:
         """Return the mean score of demonstrations over all ranks; every rank calls it."""
-        lengths = token_counts(examples)
-        mine = shard(range(len(examples)), backend.data_rank, backend.data_size, lengths)
-        groups = microbatches([lengths[index] for index in mine], self.cfg.tokens_per_microbatch)
+        mine = [example.ids for example in own_share(backend, examples)]
+        groups = microbatches([len(ids) for ids in mine], self.cfg.tokens_per_microbatch)
         wanted = int(backend.global_max(len(groups)))
         total = 0.0
         with evaluating(backend):
             for group in groups:
                 input_ids, attention_mask = pad(
-                    [examples[mine[index]].ids for index in group], self.tokenizer.pad_token_id
+                    [mine[index] for index in group], self.tokenizer.pad_token_id
                 )
                 outputs = backend(input_ids.to(backend.device), attention_mask.to(backend.device))
                 ends = attention_mask.sum(dim=1).to(backend.device)

@@ -12,14 +12,13 @@ from rayrlhf.data.datasets import (
     Example,
     lay_out,
     number_documents,
-    shard,
 )
-from rayrlhf.data.encoded import token_counts
 from rayrlhf.data.packing import even_parts, pack_tight
 from rayrlhf.models.causal_lm import CausalLMModel
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.language_model import LanguageModelStage, TextBatch
 from rayrlhf.training.loop import train_stage
+from rayrlhf.training.stage import own_share
 
 
 def finetune(recipe: Recipe) -> Path:
@@ -91,12 +90,6 @@ class SFTStage(LanguageModelStage):
         """Return eval/loss: nats per response token of the validation set."""
         if not self.validation:
             return {}
-        mine = shard(
-            range(len(self.validation)),
-            backend.data_rank,
-            backend.data_size,
-            token_counts(self.validation),
-        )
-        micros = self._cut([self.validation[index] for index in mine])
+        micros = self._cut(own_share(backend, self.validation))
         loss, tokens = self.mean_loss(backend, micros)
         return {"eval/loss": loss / tokens}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rayrlhf import lineage
 from rayrlhf.config import Recipe, StageConfig
 from rayrlhf.data import builtin, encoded
-from rayrlhf.data.datasets import Example, records_between
-from rayrlhf.data.encoded import Encoded
+from rayrlhf.data.datasets import Example, records_between, shard
+from rayrlhf.data.encoded import Encoded, token_counts
 from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
 from rayrlhf.models import lora
 from rayrlhf.models.folder import load_config
@@ -23,6 +23,8 @@ from rayrlhf.models.sequence import check_splits
 from rayrlhf.training.backend import Backend, learning_rate
 from rayrlhf.training.best import Selection
 from rayrlhf.training.schedule import BatchSizes
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,12 @@ class Stage(ABC):
     def evaluate(self, backend: Backend) -> dict[str, float]:
         """Return `eval/...` metrics on held-out data; {} without any. Every rank calls it."""
 
+    def held_out_metrics(self, backend: Backend, micros: Sequence[MicroBatch]) -> dict[str, float]:
+        """Return `eval/...` of this rank's held-out micro-batches and the others'."""
+        with evaluating(backend):
+            sums, count = global_totals(self, backend, micros)
+        return {f"eval/{name}": value for name, value in self.metrics(sums, count).items()}
+
     def start_folder(self) -> str:
         """Return the folder of the model that the stage before left, or that the recipe names.
 
@@ -210,6 +218,13 @@ def evaluating(backend: Backend) -> Iterator[None]:
             yield
     finally:
         backend.module.train()
+
+
+def own_share(backend: Backend, items: Sequence[Item]) -> list[Item]:
+    """Return this rank's part of encoded items, balanced by their tokens."""
+    lengths = token_counts(items)
+    mine = shard(range(len(items)), backend.data_rank, backend.data_size, lengths)
+    return [items[index] for index in mine]
 
 
 def global_totals(

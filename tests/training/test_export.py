@@ -1,8 +1,6 @@
 """What a stage leaves loads elsewhere: plain transformers and vLLM, for every family of models."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training.reward import RewardStage
 from rayrlhf.training.sft import SFTStage
 from rayrlhf.training.stage import Stage
+from tests.scripts import result_of
 from tests.training.ranks import Run, run_on_ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -140,17 +139,7 @@ def test_vllm_generates_what_transformers_computes(
         for family, model in models.items()
     }
     prompt = IDS[0].tolist()
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(prompt), json.dumps(finals)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr[-3000:]
-    found = json.loads(lines[0].removeprefix("RESULT"))
+    found = result_of(SCRIPT, json.dumps(prompt), json.dumps(finals))
     for family, final in finals.items():
         model = AutoModelForCausalLM.from_pretrained(final)
         greedy, sampled, log_probs = found[family]
