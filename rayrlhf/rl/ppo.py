@@ -12,16 +12,12 @@ engine's only check them; the value function may be warmed up alone; beta may be
 Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, InstructGPT 2203.02155.
 """
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from rayrlhf import lineage, session
+from rayrlhf import session
 from rayrlhf.algorithms.advantages import (
     clip_scores,
     explained_variance,
@@ -29,60 +25,19 @@ from rayrlhf.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from rayrlhf.algorithms.kl import KLController, kl_estimate, make_kl_controller
-from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role
-from rayrlhf.data import builtin, encoded
-from rayrlhf.data.datasets import batch_indices
-from rayrlhf.data.tokenizer import check_vocabulary, load_tokenizer
+from rayrlhf.algorithms.kl import kl_estimate
+from rayrlhf.config import PPOConfig, Recipe, RecipeError
+from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.experience import Experience, Rollout, flatten, pad_rows
 from rayrlhf.rl.groups import share, wait_all
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
-from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
+from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
+from rayrlhf.rl.state import State, restore, save
 from rayrlhf.rl.weight_sync import sync_weights
-from rayrlhf.training.checkpoint import STATE_DIR, begin, commit, is_complete, newest_checkpoint
+from rayrlhf.training.checkpoint import begin, commit, is_complete, newest_checkpoint
 from rayrlhf.training.model_card import write_card
-
-NUM_SAMPLES = 3
-"""Responses that each line of samples shows."""
-NOT_UPDATED = dict.fromkeys(
-    (
-        "policy/loss",
-        "policy/clip_fraction",
-        "policy/approx_kl",
-        "policy/first_ratio",
-        "policy/first_clip_fraction",
-    ),
-    math.nan,
-)
-"""Of a step that warms up the critic alone; the log has them as null."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts as token ids; which ones a step takes is a pure function of the step."""
-
-    ids: Sequence[list[int]]
-    seed: int
-    batch_size: int
-
-    def take(self, step: int) -> list[list[int]]:
-        """Return the P prompts of `step`."""
-        chosen = batch_indices(
-            seed=self.seed, step=step, batch_size=self.batch_size, num_records=len(self.ids)
-        )
-        return [self.ids[index] for index in chosen]
-
-
-@dataclass
-class State:
-    """What changes from step to step, beside the weights."""
-
-    step: int
-    """Steps that are done."""
-    version: int
-    """Version of the actor's weights: how many steps have updated them."""
-    kl: KLController
 
 
 def train_ppo(recipe: Recipe) -> Path:
@@ -224,132 +179,3 @@ def check_mismatch(log_probs: Tensor, rollout: Rollout, cfg: PPOConfig) -> float
 def judge(scores: Tensor, truncated: Tensor, cfg: PPOConfig) -> Tensor:
     """Return (B,): scores clipped to +-reward_clip, less the penalty of truncated responses."""
     return clip_scores(scores, clip=cfg.reward_clip) - cfg.missing_eos_penalty * truncated.float()
-
-
-def rollout_metrics(rollout: Rollout, timer: Timer) -> dict[str, float]:
-    """Return lengths in tokens, the fraction of truncated responses, and tokens per second."""
-    lengths = rollout.response_lengths.float()
-    return {
-        "rollout/response_length": float(lengths.mean()),
-        "rollout/truncated_fraction": float(rollout.truncated.float().mean()),
-        "rollout/tokens_per_s": float(lengths.sum()) / timer.seconds["time/rollout_s"],
-    }
-
-
-def log_samples(
-    log: MetricsLogger,
-    step: int,
-    rollout: Rollout,
-    scores: Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """Write the first few responses of the step, as text."""
-    prompts = rollout.prompt_ids.split(rollout.prompt_lengths.tolist())
-    for index, response in enumerate(rollout.responses()[:NUM_SAMPLES]):
-        log.sample(
-            step,
-            {
-                "prompt": tokenizer.decode(prompts[index].tolist(), skip_special_tokens=True),
-                "text": tokenizer.decode(response, skip_special_tokens=True),
-                "score": round(float(scores[index]), 4),
-            },
-        )
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Tell whether something that happens every so many steps, and after the last, is due."""
-    return step % every == 0 or step == last
-
-
-def save(cfg: PPOConfig, roles: Roles, state: State, stage_dir: Path) -> None:
-    """Write a checkpoint: the actor as a Hugging Face folder, and all that resuming needs."""
-    folder = begin(stage_dir, state.step)
-    wait_all(roles.actor.save(str(folder)), roles.critic.save(str(folder)))
-    (folder / STATE_DIR / "controller.json").write_text(
-        json.dumps({"step": state.step, "version": state.version, "kl_coef": state.kl.coef}),
-        encoding="utf-8",
-    )
-    commit(folder, keep=cfg.keep_checkpoints)
-
-
-def restore(cfg: PPOConfig, checkpoint: Path | None) -> State:
-    """Return the state in `checkpoint`, or that of a fresh run; prompts follow from the step."""
-    kl = make_kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    if checkpoint is None:
-        return State(step=0, version=0, kl=kl)
-    saved = json.loads((checkpoint / STATE_DIR / "controller.json").read_text(encoding="utf-8"))
-    kl.coef = saved["kl_coef"]
-    return State(step=saved["step"], version=saved["version"], kl=kl)
-
-
-def load_prompts(recipe: Recipe, cfg: PPOConfig) -> Prompts:
-    """Read and tokenize the prompts that leave room for a response."""
-    room = recipe.model.max_length - cfg.max_response_tokens
-    if room < 1:
-        raise RecipeError(
-            f"ppo.max_response_tokens={cfg.max_response_tokens} leaves no room for a "
-            f"prompt within model.max_length={recipe.model.max_length}: set it lower"
-        )
-    return Prompts(encoded.prompts(recipe, cfg.prompts, room), recipe.seed, cfg.batch_size)
-
-
-def role_settings(
-    recipe: Recipe,
-    cfg: PPOConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Prompts,
-    checkpoint: Path | None,
-) -> dict[Role, RoleSettings]:
-    """Return what each role has to know.
-
-    Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids.
-    """
-    policy = _model(lineage.start_model(recipe, "ppo"), tokenizer)
-    critic = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
-    reward = _model(lineage.start_model(recipe, "ppo.reward"), tokenizer)
-    states = {
-        role: str(checkpoint / STATE_DIR / role) if checkpoint else None
-        for role in ("actor", "critic")
-    }
-    # The critic's state folder holds its weights, too; the actor's are the checkpoint itself.
-    models: dict[Role, str] = {
-        "actor": str(checkpoint) if checkpoint else policy,
-        "critic": states["critic"] or critic,
-        "reference": policy,
-        "reward": reward,
-        "rollout": policy,
-    }
-    assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer checks it"
-    pad_id = tokenizer.pad_token_id
-    return {
-        role: RoleSettings(
-            ppo=cfg,
-            model_path=path,
-            state_path=states.get(role),
-            tokenizer_path=str((recipe.path / "tokenizer").absolute()),
-            corpus_path=str((recipe.path / "corpus").absolute()),
-            documents_apart=recipe.pretrain is not None and recipe.pretrain.documents == "apart",
-            actor_ranks=recipe.resources.actor.num_workers,
-            max_length=int(max(encoded.token_counts(prompts.ids))) + cfg.max_response_tokens,
-            pad_id=pad_id if isinstance(pad_id, int) else tokenizer.eos_token_id,
-            eos_id=tokenizer.eos_token_id,
-            seed=recipe.seed,
-            num_threads=recipe.resources.role(role).num_threads,
-        )
-        for role, path in models.items()
-    }
-
-
-def _model(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the absolute path or hub name of a model that exists and fits the tokenizer."""
-    path = builtin.resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{path}: PPO starts from this model, but it cannot be read "
-            f"({str(error).splitlines()[0]}): run the stage before, or correct "
-            "model.path"
-        ) from None
-    check_vocabulary(tokenizer, config.vocab_size)
-    return str(Path(path).absolute()) if Path(path).exists() else path

@@ -1,10 +1,10 @@
-"""The five roles of PPO: plain classes, one object per process, that know nothing of Ray.
+"""The roles of PPO: plain classes, one object per process, that know nothing of Ray.
 
 actor      policy in training: log_probs, update, weights
 critic     value function in training: values, update
 reference  the policy as it was at the start: log_probs
-reward     reward model: score
-rollout    engine: generate, load_weights
+reward     reward model: score                                in scoring.py
+rollout    engine: generate, load_weights                     in rollout.py
 
 All ranks of a trained role call the same method with the same arguments and work on their own part
 of the rows (see experience.py). Dropout is off in every role: models stay in eval mode.
@@ -20,12 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.algorithms.losses import negative_log_likelihood, ppo_policy_loss, ppo_value_loss
 from rayrlhf.data.datasets import batch_indices, shard
-from rayrlhf.data.packing import microbatches
 from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows
-from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
-from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores, values_before
+from rayrlhf.models.scalar_head import ScalarHeadModel, values_before
 from rayrlhf.rl.experience import (
     Experience,
     Rollout,
@@ -38,10 +36,13 @@ from rayrlhf.rl.ranks import (
     RoleSettings,
     Rows,
     TrainedWorker,
-    Worker,
     add,
     unpadded,
 )
+from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.scoring import RewardWorker
+
+__all__ = ["ActorWorker", "CriticWorker", "ReferenceWorker", "RewardWorker", "RolloutWorker"]
 
 
 class ReferenceWorker(InferenceWorker):
@@ -84,73 +85,6 @@ class ReferenceWorker(InferenceWorker):
         tokens = [len(group) * max(lengths[row] for row in group) for group in groups]
         mine = shard(range(len(groups)), settings.rank, settings.world_size, tokens)
         return [groups[index] for index in mine]
-
-
-class RewardWorker(InferenceWorker):
-    """The reward model: one score per response, read at its last token."""
-
-    def start(self) -> None:
-        """Load the model with its shift."""
-        self.training = self.cfg.critic
-        self.model = ScalarHeadModel.from_pretrained(self.settings.model_path, dtype=self.dtype)
-        self.model.to(self.device).eval()
-
-    @torch.no_grad()
-    def score(self, rollout: Rollout) -> Rows:
-        """Return the score of each response; 0 is the mean score of the demonstrations."""
-        settings, lengths = self.settings, rollout.lengths
-        reader = RowReader(rollout, pad_id=settings.pad_id)
-        mine = shard(range(len(rollout)), settings.rank, settings.world_size, lengths)
-        groups = microbatches([lengths[i] for i in mine], self.training.tokens_per_microbatch)
-        indices: list[int] = []
-        rows: list[Tensor] = []
-        for group in groups:
-            micro = reader.tokens([mine[position] for position in group]).to(self.device)
-            with self.autocast():
-                scores = self.model(micro.input_ids, micro.attention_mask)  # (b, S)
-            last = last_scores(scores, micro.attention_mask.sum(dim=1))  # (b,)
-            indices += micro.indices
-            rows += list(last.cpu().unsqueeze(1))
-        return indices, rows
-
-
-class RolloutWorker(Worker):
-    """One engine."""
-
-    def start(self) -> None:
-        """Load the engine."""
-        settings = self.settings
-        self.engine = Engine(
-            settings.model_path,
-            max_length=settings.max_length,
-            dtype=self.cfg.actor.precision,
-            memory_gib=self.cfg.rollout_memory_gib,
-            seed=settings.seed,
-            num_threads=settings.num_threads,
-            tensor_parallel=max(1, int(settings.num_gpus)),
-            eos_token_id=settings.eos_id,
-        )
-
-    def generate(self, prompts: list[list[int]], first: int, step: int) -> Rollout:
-        """Sample G responses per prompt; prompts[0] is number `first` of the step's batch."""
-        samples = range(self.cfg.samples_per_prompt)
-        repeated = [prompt for prompt in prompts for _ in samples]
-        seeds = [
-            request_seed(self.settings.seed, step, first + number, sample)
-            for number in range(len(prompts))
-            for sample in samples
-        ]
-        completions = self.engine.generate(
-            repeated,
-            max_tokens=self.cfg.max_response_tokens,
-            temperature=self.cfg.temperature,
-            seeds=seeds,
-        )
-        return Rollout.from_completions(repeated, completions)
-
-    def load_weights(self, weights: dict[str, npt.NDArray[np.float32]], version: int) -> int:
-        """Replace all weights; returns the version that the engine now has."""
-        return self.engine.load_weights(weights.items(), version)
 
 
 class ActorWorker(TrainedWorker):

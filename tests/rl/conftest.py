@@ -14,13 +14,9 @@ from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.workers import (
-    ActorWorker,
-    CriticWorker,
-    ReferenceWorker,
-    RewardWorker,
-    RolloutWorker,
-)
+from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from tests.rl.inline import EOS, PAD, VOCAB, CountingReward, InlineHandle, InlineRay, SmallEngine
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
-from rayrlhf.rl.workers import RewardWorker
+from rayrlhf.rl.scoring import RewardWorker
 
 EOS, PAD = 0, 1
 VOCAB = 12

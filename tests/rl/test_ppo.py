@@ -17,8 +17,10 @@ from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import ppo
 from rayrlhf.rl.placement import Roles
-from rayrlhf.rl.ppo import Prompts, check_mismatch, judge, optimize, restore, train_ppo
+from rayrlhf.rl.ppo import check_mismatch, judge, optimize, train_ppo
 from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.state import restore
 from rayrlhf.training.backend import learning_rate
 from rayrlhf.training.checkpoint import is_complete, newest_checkpoint
 from tests.rl.inline import VOCAB, InlineHandle

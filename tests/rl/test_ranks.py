@@ -18,13 +18,9 @@ from torch import Tensor
 
 from rayrlhf.rl.experience import Experience, Rollout, RowReader
 from rayrlhf.rl.ranks import RoleSettings, TrainedWorker
-from rayrlhf.rl.workers import (
-    ActorWorker,
-    CriticWorker,
-    ReferenceWorker,
-    RewardWorker,
-    RolloutWorker,
-)
+from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from tests.rl.inline import SmallEngine
 
 Make = Callable[..., RoleSettings]

@@ -18,13 +18,9 @@ from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl.experience import Experience, Rollout, RowReader, scatter_rows
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.workers import (
-    ActorWorker,
-    CriticWorker,
-    ReferenceWorker,
-    RewardWorker,
-    RolloutWorker,
-)
+from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from tests.rl.inline import EOS, SmallEngine
 
 Make = Callable[..., RoleSettings]

@@ -1,0 +1,47 @@
+"""The engine as a worker."""
+
+import numpy as np
+import numpy.typing as npt
+
+from rayrlhf.generation import Engine, request_seed
+from rayrlhf.rl.experience import Rollout
+from rayrlhf.rl.ranks import Worker
+
+
+class RolloutWorker(Worker):
+    """One engine."""
+
+    def start(self) -> None:
+        """Load the engine."""
+        settings = self.settings
+        self.engine = Engine(
+            settings.model_path,
+            max_length=settings.max_length,
+            dtype=self.cfg.actor.precision,
+            memory_gib=self.cfg.rollout_memory_gib,
+            seed=settings.seed,
+            num_threads=settings.num_threads,
+            tensor_parallel=max(1, int(settings.num_gpus)),
+            eos_token_id=settings.eos_id,
+        )
+
+    def generate(self, prompts: list[list[int]], first: int, step: int) -> Rollout:
+        """Sample G responses per prompt; prompts[0] is number `first` of the step's batch."""
+        samples = range(self.cfg.samples_per_prompt)
+        repeated = [prompt for prompt in prompts for _ in samples]
+        seeds = [
+            request_seed(self.settings.seed, step, first + number, sample)
+            for number in range(len(prompts))
+            for sample in samples
+        ]
+        completions = self.engine.generate(
+            repeated,
+            max_tokens=self.cfg.max_response_tokens,
+            temperature=self.cfg.temperature,
+            seeds=seeds,
+        )
+        return Rollout.from_completions(repeated, completions)
+
+    def load_weights(self, weights: dict[str, npt.NDArray[np.float32]], version: int) -> int:
+        """Replace all weights; returns the version that the engine now has."""
+        return self.engine.load_weights(weights.items(), version)

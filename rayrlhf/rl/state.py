@@ -1,0 +1,43 @@
+"""What the controller remembers from step to step, and its checkpoints."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayrlhf.algorithms.kl import KLController, make_kl_controller
+from rayrlhf.config import PPOConfig
+from rayrlhf.rl.groups import wait_all
+from rayrlhf.rl.placement import Roles
+from rayrlhf.training.checkpoint import STATE_DIR, begin, commit
+
+
+@dataclass
+class State:
+    """What changes from step to step, beside the weights."""
+
+    step: int
+    """Steps that are done."""
+    version: int
+    """Version of the actor's weights: how many steps have updated them."""
+    kl: KLController
+
+
+def save(cfg: PPOConfig, roles: Roles, state: State, stage_dir: Path) -> None:
+    """Write a checkpoint: the actor as a Hugging Face folder, and all that resuming needs."""
+    folder = begin(stage_dir, state.step)
+    wait_all(roles.actor.save(str(folder)), roles.critic.save(str(folder)))
+    (folder / STATE_DIR / "controller.json").write_text(
+        json.dumps({"step": state.step, "version": state.version, "kl_coef": state.kl.coef}),
+        encoding="utf-8",
+    )
+    commit(folder, keep=cfg.keep_checkpoints)
+
+
+def restore(cfg: PPOConfig, checkpoint: Path | None) -> State:
+    """Return the state in `checkpoint`, or that of a fresh run; prompts follow from the step."""
+    kl = make_kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    if checkpoint is None:
+        return State(step=0, version=0, kl=kl)
+    saved = json.loads((checkpoint / STATE_DIR / "controller.json").read_text(encoding="utf-8"))
+    kl.coef = saved["kl_coef"]
+    return State(step=saved["step"], version=saved["version"], kl=kl)
