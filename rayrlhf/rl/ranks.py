@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayrlhf.config import PPOConfig, TrainingConfig
-from rayrlhf.rl.experience import Rollout, minibatches, rank_microbatches
+from rayrlhf.rl.experience import (
+    Rollout,
+    RowReader,
+    TokenBatch,
+    minibatches,
+    rank_microbatches,
+)
 from rayrlhf.training.backend import Backend, forward_precision, make_backend
 from rayrlhf.training.checkpoint import STATE_DIR
 
@@ -106,6 +112,8 @@ class TrainedWorker(ModelWorker, ABC):
 
     role = ""
     _store: dist.TCPStore | None = None
+    _kept: tuple[int, list[int], Any] | None = None
+    """Step, rows and outputs of the forward pass whose graph waits for `update`."""
 
     def address(self) -> tuple[str, int]:
         """Open the meeting point of the ranks (rank 0 only); returns host and port."""
@@ -167,6 +175,44 @@ class TrainedWorker(ModelWorker, ABC):
         for rows, plans in self.plans_of(rollout, step, epoch, world_size):
             yield int(rollout.response_lengths[rows].sum()), plans[self.settings.rank]
 
+    def forward_once(
+        self, reader: RowReader, step: int, *, updates: bool
+    ) -> Iterator[tuple[TokenBatch, Any]]:
+        """Yield the micro-batches of the first epoch with what `outputs` says of them.
+
+        Where `updates` follows in this step, the first one's graph is kept: its weights are those
+        that `update` starts from, so that its forward pass serves both. One micro-batch's graph is
+        what training needs memory for anyway. It comes last, next to its backward pass.
+        """
+        self._kept = None
+        groups = [
+            group
+            for _, part in self.minibatches_of(reader.rollout, step, epoch=0)
+            for group in part
+        ]
+        for group in groups[:0:-1]:
+            micro = reader.tokens(group).to(self.device)
+            with torch.no_grad():
+                found = self.outputs(micro, True)
+            yield micro, found
+        micro = reader.tokens(groups[0]).to(self.device)
+        with torch.set_grad_enabled(updates):
+            found = self.outputs(micro, True)
+        if updates:
+            self._kept = (step, groups[0], found)
+        yield micro, found
+
+    def kept_or_new(self, micro: TokenBatch, step: int, *, with_metrics: bool) -> Any:
+        """Return `outputs` with their graph: those that `forward_once` kept, or new ones."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[:2] == (step, micro.indices):
+            return kept[2]
+        return self.outputs(micro, with_metrics)
+
+    @abstractmethod
+    def outputs(self, micro: TokenBatch, with_metrics: bool) -> Any:
+        """Run the model over a micro-batch."""
+
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         """Add up over the ranks; every rank has the same names."""
         return dict(zip(sums, self.backend.global_sums(list(sums.values())), strict=True))
@@ -181,7 +227,9 @@ class TrainedWorker(ModelWorker, ABC):
 def unpadded(padded: Tensor, mask: Tensor) -> list[Tensor]:
     """Return the rows of (b, T) without their padding, on the CPU."""
     lengths = mask.sum(dim=1).int().tolist()
-    return [row[:length] for row, length in zip(padded.float().cpu(), lengths, strict=True)]
+    return [
+        row[:length] for row, length in zip(padded.detach().float().cpu(), lengths, strict=True)
+    ]
 
 
 def add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:

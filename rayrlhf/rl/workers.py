@@ -106,7 +106,6 @@ class ActorWorker(TrainedWorker):
     def num_steps(self) -> int:
         return max(1, self.cfg.steps - self.cfg.critic_warmup_steps)
 
-    @torch.no_grad()
     def log_probs(self, rollout: Rollout, step: int) -> tuple[Rows, float]:
         """Return (log-probs of the response tokens, sum of entropies) of this rank's rows.
 
@@ -116,20 +115,23 @@ class ActorWorker(TrainedWorker):
         indices: list[int] = []
         rows: list[Tensor] = []
         entropy_sum = 0.0
-        for _, groups in self.minibatches_of(rollout, step, epoch=0):
-            for group in groups:
-                micro = reader.tokens(group).to(self.device)
-                log_probs, entropy = self.backend(  # (b, T)
-                    micro.input_ids,
-                    micro.attention_mask,
-                    positions=micro.positions,
-                    temperature=self.cfg.temperature,
-                    with_entropy=True,
-                )
-                entropy_sum += float((entropy * micro.mask).sum())
-                indices += group
-                rows += unpadded(log_probs, micro.mask)[: len(group)]
+        updates = step >= self.cfg.critic_warmup_steps
+        for micro, (log_probs, entropy) in self.forward_once(reader, step, updates=updates):
+            entropy_sum += float((entropy * micro.mask).sum())
+            indices += micro.indices
+            rows += unpadded(log_probs, micro.mask)[: len(micro.indices)]
         return (indices, rows), entropy_sum
+
+    def outputs(self, micro: TokenBatch, with_metrics: bool) -> tuple[Tensor, Tensor]:
+        """Return log-probs and, with_metrics, entropies of the response tokens: (b, T) each."""
+        found = self.backend(
+            micro.input_ids,
+            micro.attention_mask,
+            positions=micro.positions,
+            temperature=self.cfg.temperature,
+            with_entropy=with_metrics,
+        )
+        return found if with_metrics else (found, torch.zeros_like(found))
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """K epochs of clipped-policy SGD; returns token-weighted means over all ranks."""
@@ -144,7 +146,7 @@ class ActorWorker(TrainedWorker):
                     micro = reader.tokens(group).to(self.device)
                     old = reader.floats(experience.old_log_probs, group).to(self.device)
                     advantages = reader.floats(experience.advantages, group).to(self.device)
-                    log_probs = response_log_probs(self.backend, micro, self.cfg.temperature)
+                    log_probs, _ = self.kept_or_new(micro, step, with_metrics=False)
                     loss_sum, metrics = ppo_policy_loss(  # (b, T) each
                         log_probs, old, advantages, micro.mask, clip=self.cfg.clip
                     )
@@ -252,17 +254,14 @@ class CriticWorker(TrainedWorker):
         self.model = ScalarHeadModel.from_pretrained(self.settings.model_path)
         return self.model
 
-    @torch.no_grad()
     def values(self, rollout: Rollout, step: int) -> Rows:
         """Return V of the state before each response token, of this rank's rows."""
         reader = RowReader(rollout, pad_id=self.settings.pad_id)
         indices: list[int] = []
         rows: list[Tensor] = []
-        for _, groups in self.minibatches_of(rollout, step, epoch=0):
-            for group in groups:
-                micro = reader.tokens(group).to(self.device)
-                indices += group
-                rows += unpadded(self._values(micro), micro.mask)[: len(group)]
+        for micro, values in self.forward_once(reader, step, updates=True):
+            indices += micro.indices
+            rows += unpadded(values, micro.mask)[: len(micro.indices)]
         return indices, rows
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
@@ -275,7 +274,7 @@ class CriticWorker(TrainedWorker):
                 for position, group in enumerate(groups):
                     micro = reader.tokens(group).to(self.device)
                     loss_sum, metrics = ppo_value_loss(  # (b, T) each
-                        self._values(micro),
+                        self.kept_or_new(micro, step, with_metrics=False),
                         reader.floats(experience.old_values, group).to(self.device),
                         reader.floats(experience.returns, group).to(self.device),
                         micro.mask,
@@ -290,7 +289,7 @@ class CriticWorker(TrainedWorker):
             **{f"critic/{name}": value for name, value in stats.items()},
         }
 
-    def _values(self, micro: TokenBatch) -> Tensor:
+    def outputs(self, micro: TokenBatch, with_metrics: bool) -> Tensor:
         """Return (b, T): the output at token t - 1 is the value of the state before token t."""
         outputs = self.backend(micro.input_ids, micro.attention_mask)  # (b, S)
         return values_before(outputs, micro.positions)

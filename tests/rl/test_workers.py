@@ -72,6 +72,60 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: i
         assert metrics["policy/approx_kl"] > 0  # later minibatches are off-policy
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_first_micro_batch_runs_once_for_both_passes(
+    settings: Make, small_critic: Path, epochs: int
+) -> None:
+    """One minibatch of one micro-batch: evaluation and update share a forward, in both roles."""
+    own = settings(num_minibatches=1, epochs=epochs, actor={"tokens_per_microbatch": 4096})
+    rollout = sample(own)
+    actor, critic = actor_of(own), CriticWorker(replace(own, model_path=str(small_critic)))
+    critic.start(("", 0))
+    calls = {"actor": 0, "critic": 0}
+    for worker in (actor, critic):
+        worker.model.register_forward_hook(
+            lambda *_, role=worker.role: calls.update({role: calls[role] + 1})
+        )
+    for step in range(2):
+        log_probs = flat(actor.log_probs(rollout, step)[0])
+        values = flat(critic.values(rollout, step))
+        assert not log_probs.requires_grad and not values.requires_grad
+        batch = replace(
+            experience(rollout, log_probs, torch.ones_like(log_probs)), old_values=values
+        )
+        actor.update(batch, step)
+        critic.update(batch, step)
+        assert calls == dict.fromkeys(calls, (step + 1) * epochs)
+        assert actor._kept is None and critic._kept is None
+
+
+@pytest.mark.parametrize("tokens", [24, 4096])
+def test_a_kept_forward_changes_no_weight(settings: Make, tokens: int) -> None:
+    own = settings(actor={"learning_rate": 3e-2, "tokens_per_microbatch": tokens})
+    rollout = sample(own)
+    ends = []
+    for keeps in (True, False):
+        actor = actor_of(own)
+        for step in range(2):
+            old = flat(actor.log_probs(rollout, step)[0])
+            if not keeps:
+                actor._kept = None
+            actor.update(experience(rollout, old, old - old.mean()), step)
+        ends.append(digest(actor))
+    assert ends[0] == ends[1]
+
+
+def test_a_kept_forward_of_another_step_is_not_used(settings: Make) -> None:
+    own = settings(critic_warmup_steps=1)
+    rollout, actor = sample(own), actor_of(own)
+    actor.log_probs(rollout, 0)
+    assert actor._kept is None  # the critic alone is updated in this step
+    old = flat(actor.log_probs(rollout, 1)[0])
+    assert actor._kept is not None
+    metrics = actor.update(experience(rollout, old, torch.ones_like(old)), 2)
+    assert metrics["policy/first_ratio"] == 1.0 and actor._kept is None
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_engine_actor_and_reference_agree_at_the_temperature(
     settings: Make, temperature: float
