@@ -46,7 +46,9 @@ def prepare(recipe: Recipe) -> None:
     session.connect(recipe)
     for stage in recipe.stages:
         session.require(
-            recipe.resources.bundles(stage), wait_s=recipe.resources.wait_s, stage=stage
+            recipe.resources.bundles(stage, recipe.roles),
+            wait_s=recipe.resources.wait_s,
+            stage=stage,
         )
 
 

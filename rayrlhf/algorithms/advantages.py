@@ -58,6 +58,15 @@ def gae(
     return advantages, advantages + values
 
 
+def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
+    """Return the sum of gamma^k * reward from each token on, (B, T); masked tokens as in `gae`.
+
+    Source: REINFORCE++ arXiv:2501.03262, which takes it for the advantage, whitened.
+    """
+    zeros = torch.zeros_like(rewards_BT)
+    return gae(rewards_BT, zeros, mask_BT, gamma=gamma, gae_lambda=1.0)[0]
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scale to standard deviation 1 over the mask, and to mean 0 unless shift_mean=False.
 
@@ -70,16 +79,23 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def group_relative(
-    scores_B: Tensor, *, samples_per_prompt: int, group_ids_B: Tensor | None = None
+    scores_B: Tensor,
+    *,
+    samples_per_prompt: int,
+    group_ids_B: Tensor | None = None,
+    divide_by_std: bool = True,
 ) -> Tensor:
     """Return (score - group mean) / (group std + 1e-6), (B,); equal scores give 0.
 
     Groups are consecutive runs of `samples_per_prompt` responses; with `group_ids_B` (B,), those
     with the same id, in any order. Raises ValueError for groups of one: they hold no signal.
-    Source: arXiv:2402.03300, section 4.1.2 (std with Bessel's correction).
+    Source: arXiv:2402.03300, section 4.1.2 (std with Bessel's correction); without the division,
+    Dr. GRPO, arXiv:2503.20783.
     """
     scores, order = _grouped(scores_B, samples_per_prompt, group_ids_B)  # (P, G)
     centered = scores - scores.mean(dim=1, keepdim=True)
+    if not divide_by_std:
+        return _ungrouped(centered, order)
     return _ungrouped(centered / (scores.std(dim=1, keepdim=True) + 1e-6), order)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayrlhf.algorithms.kl import guard_log_ratio
+from rayrlhf.algorithms.kl import guard_log_ratio, kl_estimate
 from rayrlhf.algorithms.masked import masked_sum
 
 Metrics = dict[str, Tensor]
@@ -72,6 +72,21 @@ def ppo_policy_loss(
             "policy/ratio": masked_sum(ratio, mask),
         }
     return loss, metrics
+
+
+def kl_loss(
+    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, *, weights: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """Sum k3 of the policy to the reference over the mask, nats; all (B, T).
+
+    `weights` (B, T) or (B, 1) weigh the loss, and not the metric.
+    Source: GRPO, arXiv:2402.03300, eq. 4.
+    """
+    valid = mask.bool()
+    log_probs, ref_log_probs = (torch.where(valid, x, 0.0) for x in (log_probs, ref_log_probs))
+    kl = kl_estimate(log_probs, ref_log_probs, estimator="k3")
+    loss = masked_sum(kl if weights is None else kl * weights, mask)
+    return loss, {"policy/kl_loss": masked_sum(kl.detach(), mask)}
 
 
 def ppo_value_loss(

@@ -1,6 +1,6 @@
 """PPO: rollout, losses, KL penalty and pretraining mix."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,10 +37,25 @@ class PPOConfig(Section):
     """Range of the policy ratio: 1 - clip to 1 + clip (arXiv:1707.06347, eq. 7)."""
     value_clip: PositiveFloat = 0.2
     """Range of the new values around the old ones."""
+    advantage_estimator: Literal["gae", "grpo", "rloo", "reinforce_pp"] = "gae"
+    """Who says how much better a token was than expected: a critic (`gae`), the other responses to
+    the prompt (`grpo` arXiv:2402.03300, `rloo` arXiv:2402.14740), or the mean of the batch
+    (`reinforce_pp` arXiv:2501.03262). All but `gae` run without a critic."""
     gamma: Fraction = 1.0
+    """Discount per token, of `gae` and `reinforce_pp`."""
     gae_lambda: Fraction = 0.95
     """arXiv:1506.02438, eq. 16."""
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
+    """Over the tokens of the whole step; None: with `gae` and `reinforce_pp`, as these do."""
+    group_std: bool = True
+    """`grpo` divides by the standard deviation of the group; false leaves it out (Dr. GRPO,
+    arXiv:2503.20783), so that prompts with nearly equal scores weigh no more than others."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """The actor's loss is a mean over tokens, or over responses of their means over tokens (GRPO
+    eq. 3), where a token of a long response weighs less."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """Where the KL penalty is: in the reward of each token (k1), or in the actor's loss (k3, which
+    never is negative). None: in the loss for `grpo`, in the reward for the others."""
     reward_clip: PositiveFloat | None = None
     """Scores are clipped to ±this, before the KL penalty is added."""
     missing_eos_penalty: NonNegative = 1.0
@@ -78,6 +93,55 @@ class PPOConfig(Section):
     def minibatch_size(self) -> int:
         """Responses that one optimizer step sees."""
         return self.num_responses // self.num_minibatches
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the learner needs a value function."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the learner compares the responses to one prompt."""
+        return self.advantage_estimator in ("grpo", "rloo")
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened."""
+        if self.whiten_advantages is None:
+            return not self.compares_groups
+        return self.whiten_advantages
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is in the actor's loss, and not in the reward."""
+        usual = "loss" if self.advantage_estimator == "grpo" else "reward"
+        return (self.kl_in or usual) == "loss"
+
+    @model_validator(mode="after")
+    def _learner_uses_its_keys(self) -> Self:
+        """A key that this learner never reads would be taken for one that acts."""
+        name = self.advantage_estimator
+        if self.compares_groups and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.samples_per_prompt={self.samples_per_prompt}: {name} compares the responses "
+                "to one prompt: set it to 2 or more (DeepSeekMath: 64), or take "
+                "advantage_estimator=reinforce_pp"
+            )
+        unread = []
+        if not self.has_critic:
+            unread += ["critic", "critic_warmup_steps", "value_clip", "gae_lambda"]
+        if self.compares_groups:
+            unread += ["gamma"]
+        if name != "grpo":
+            unread += ["group_std"]
+        for key in unread:
+            default = type(self).model_fields[key].default
+            if vars(self)[key] != default:
+                raise ValueError(
+                    f"ppo.{key} has no effect with ppo.advantage_estimator={name}: take it out, "
+                    f"or set advantage_estimator={'grpo' if key == 'group_std' else 'gae'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:

@@ -11,7 +11,7 @@ from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.resources import ResourcesConfig
+from rayrlhf.config.resources import ROLES, ResourcesConfig, Role
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.sizes import fill
@@ -63,6 +63,12 @@ class Recipe(Section):
             "evaluate": self.evaluate,
         }
         return tuple(stage for stage in STAGES if present[stage] is not None)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles that PPO runs, in the order of ROLES: no critic where the learner has none."""
+        has_critic = self.ppo is None or self.ppo.has_critic
+        return tuple(role for role in ROLES if has_critic or role != "critic")
 
     def training(self, stage: str) -> StageConfig | None:
         """Return the section of a stage that Ray Train runs; None for another, or without one."""
@@ -152,7 +158,7 @@ class Recipe(Section):
                 f"ppo.ptx_coef={ppo.ptx_coef} mixes in pretraining rows, but the "
                 "recipe has no corpus section: add corpus, or set ppo.ptx_coef=0"
             )
-        for role in ("actor", "critic"):
+        for role in self.roles[: 1 + ppo.has_critic]:
             ranks = self.resources.role(role).num_workers
             if ppo.minibatch_size % ranks:
                 raise ValueError(

@@ -105,12 +105,15 @@ class ResourcesConfig(Section):
         }
         return roles[role]
 
-    def bundles(self, stage: str) -> list[dict[str, float]]:
-        """Return what `stage` asks of the cluster: one bundle of CPU and GPU per worker."""
+    def bundles(self, stage: str, roles: tuple[Role, ...] = ROLES) -> list[dict[str, float]]:
+        """Return what `stage` asks of the cluster: one bundle of CPU and GPU per worker.
+
+        `roles` are those that PPO runs.
+        """
         if stage == "ppo":
             return [
                 {"CPU": self.role(role).cpus, "GPU": self.role(role).gpus}
-                for role in ROLES
+                for role in roles
                 for _ in range(self.role(role).num_workers)
             ]
         if stage in TRAINED_STAGES:

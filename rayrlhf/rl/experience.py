@@ -95,16 +95,20 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with what PPO learns from; every tensor is flat (N,) float32."""
+    """A rollout with what is learned from it; every tensor is flat (N,) float32."""
 
     rollout: Rollout
     old_log_probs: Tensor
     """log pi_old(token), nats, by the actor."""
     advantages: Tensor
-    old_values: Tensor
-    """V(state before the token), by the critic."""
-    returns: Tensor
-    """Targets of the critic."""
+    old_values: Tensor | None = None
+    """V(state before the token), by the critic; None where there is none."""
+    returns: Tensor | None = None
+    """Targets of the critic; None where there is none."""
+    ref_log_probs: Tensor | None = None
+    """Of the reference, nats; only where the KL penalty is in the loss."""
+    kl_coef: float = 0.0
+    """Weight of that penalty."""
 
     def __len__(self) -> int:
         return len(self.rollout)

@@ -68,6 +68,11 @@ def nothing(_: list[Any]) -> None:
     """Gather the results of calls that return none."""
 
 
+def absent() -> Pending[None]:
+    """Return a call on a role that this learner does not have: it is done, and gives None."""
+    return Pending("", "", [], lambda _: None, 0.0)
+
+
 def share(value: Rollout | Experience) -> Ref:
     """Put a record into the object store once, for all roles."""
     return ray.put(value)

@@ -78,10 +78,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Roles:
-    """The typed fronts of the five roles."""
+    """The typed fronts of the roles."""
 
     actor: ActorGroup
-    critic: CriticGroup
+    critic: CriticGroup | None
+    """None for a learner without a value function."""
     reference: ReferenceGroup
     reward: RewardGroup
     rollout: RolloutGroup
@@ -95,7 +96,7 @@ def plan(recipe: Recipe, nodes: Sequence[Mapping[str, float]] | None = None) -> 
     resources = recipe.resources
     places = tuple(
         Place(role, rank, own.num_workers, own.cpus, own.gpus)
-        for role in ROLES
+        for role in recipe.roles
         for own in [resources.role(role)]
         for rank in range(own.num_workers)
     )
@@ -151,7 +152,9 @@ def launch(
             )
         roles = Roles(
             actor=ActorGroup(handles["actor"], deadline_s=deadline_s),
-            critic=CriticGroup(handles["critic"], deadline_s=deadline_s),
+            critic=(
+                CriticGroup(handles["critic"], deadline_s=deadline_s) if handles["critic"] else None
+            ),
             reference=ReferenceGroup(handles["reference"], deadline_s=deadline_s),
             reward=RewardGroup(handles["reward"], deadline_s=deadline_s),
             rollout=RolloutGroup(handles["rollout"], deadline_s=deadline_s),
@@ -159,7 +162,7 @@ def launch(
         wait_all(
             roles.rollout.start(),
             roles.actor.start(),
-            roles.critic.start(),
+            *([roles.critic.start()] if roles.critic else []),
             roles.reference.start(),
             roles.reward.start(),
         )

@@ -1,12 +1,13 @@
-"""PPO for RLHF: one controller process, five roles in workers of their own.
+"""PPO for RLHF and its kin: one controller process, the roles in workers of their own.
 
     repeat  1 roll out   y ~ pi_old(.|x)                              rollout (vLLM)
             2 evaluate   log pi_old, log pi_ref, V(s_t), score(x,y)   actor reference critic reward
-            3 credit     r_t = -beta*kl_t, r_last += score;  A = GAE  here, on CPU
+            3 credit     r_t = -beta*kl_t, r_last += score;  A = GAE  here, on CPU: credit.py
             4 update     K epochs of clipped policy and value losses  actor critic
             5 sync       theta -> rollout;  beta <- KL controller     actor -> rollout
 
-Shapes: B responses, T response tokens, right-padded; mask (B, T) is 1 on generated tokens.
+GRPO, RLOO and REINFORCE++ are the same loop with another step 3 and without a critic.
+Shapes: B responses, T response tokens, right-padded; N response tokens of all rows, flat.
 Departures from InstructGPT: old log-probs are the learner's, on its own micro-batches, and the
 engine's only check them; the value function may be warmed up alone; beta may be adaptive.
 Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, InstructGPT 2203.02155.
@@ -18,19 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf import session
-from rayrlhf.algorithms.advantages import (
-    clip_scores,
-    explained_variance,
-    gae,
-    token_rewards,
-    whiten,
-)
-from rayrlhf.algorithms.kl import kl_estimate
 from rayrlhf.config import PPOConfig, Recipe, RecipeError
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
-from rayrlhf.rl.experience import Experience, Rollout, flatten, pad_rows
-from rayrlhf.rl.groups import share, wait_all
+from rayrlhf.rl.credit import Evaluation, assign_credit
+from rayrlhf.rl.experience import Rollout
+from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
@@ -90,40 +84,28 @@ def optimize(
         with timer("step"):
             with timer("rollout"):  # 1. on-policy by construction
                 rollout = roles.rollout.generate(prompts.take(step), step).wait()
-                shared, mask = share(rollout), rollout.mask  # mask (B, T)
+                shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
                 (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
                     roles.actor.log_probs(shared, step),
                     roles.reference.log_probs(shared, step),
-                    roles.critic.values(shared, step),
+                    roles.critic.values(shared, step) if roles.critic else absent(),
                     roles.reward.score(shared),
                 )
                 mismatch = check_mismatch(old_log_probs, rollout, cfg)  # 3 x (N,), (B,)
 
-            kl = pad_rows(kl_estimate(old_log_probs, ref_log_probs), rollout.response_lengths)
-            values_BT = pad_rows(values, rollout.response_lengths)  # 3. nats (B, T); (B, T)
-            rewards = token_rewards(
-                judge(scores, rollout.truncated, cfg), kl, mask, kl_coef=state.kl.coef
-            )  # (B, T)
-            advantages, returns = gae(
-                rewards, values_BT, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda
-            )  # (B, T) each
-            if cfg.whiten_advantages:
-                advantages = whiten(advantages, mask)
-            experience = share(
-                Experience(
-                    rollout,
-                    old_log_probs=old_log_probs,
-                    advantages=flatten(advantages, mask),
-                    old_values=values,
-                    returns=flatten(returns, mask),
-                )
+            credit = assign_credit(  # 3. (B, T) inside
+                cfg,
+                rollout,
+                Evaluation(old_log_probs, ref_log_probs, values, scores),
+                kl_coef=state.kl.coef,
             )
+            experience = share(credit.experience)
 
             is_warm = step >= cfg.critic_warmup_steps
             with timer("update"):  # 4. V must be sane first
-                updates = [roles.critic.update(experience, step)]
+                updates = [roles.critic.update(experience, step)] if roles.critic else []
                 if is_warm:
                     updates.append(roles.actor.update(experience, step))
                 losses = wait_all(*updates)
@@ -132,19 +114,13 @@ def optimize(
                 if is_warm:
                     state.version += 1
                     sync_weights(roles.actor, roles.rollout, version=state.version)
-            kl_coef, kl_per_response = state.kl.coef, float(kl.sum(dim=1).mean())
-            state.kl.update(kl_per_response, num_responses=len(rollout))
+            state.kl.update(credit.kl_per_response, num_responses=len(rollout))
             state.step = step + 1
 
         metrics = {
-            "reward/score_mean": float(scores.mean()),
-            "reward/score_std": float(scores.std(correction=0)),
-            "reward/return_mean": float(rewards.sum(dim=1).mean()),
-            "kl/ref_per_response": kl_per_response,
-            "kl/coef": kl_coef,
+            **credit.metrics,
             "kl/rollout_mismatch": mismatch,
             "policy/entropy": entropy,
-            "value/explained_variance": explained_variance(values_BT, returns, mask),
             "weights/version": state.version,
             **NOT_UPDATED,
             **rollout_metrics(rollout, timer),
@@ -174,8 +150,3 @@ def check_mismatch(log_probs: Tensor, rollout: Rollout, cfg: PPOConfig) -> float
             "with bfloat16, ppo.kl_rollout_mismatch_max=0.1"
         )
     return mismatch
-
-
-def judge(scores: Tensor, truncated: Tensor, cfg: PPOConfig) -> Tensor:
-    """Return (B,): scores clipped to +-reward_clip, less the penalty of truncated responses."""
-    return clip_scores(scores, clip=cfg.reward_clip) - cfg.missing_eos_penalty * truncated.float()

@@ -54,20 +54,21 @@ def role_settings(
     Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids.
     """
     policy = _model(lineage.start_model(recipe, "ppo"), tokenizer)
-    critic = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
     reward = _model(lineage.start_model(recipe, "ppo.reward"), tokenizer)
     states = {
         role: str(checkpoint / STATE_DIR / role) if checkpoint else None
         for role in ("actor", "critic")
     }
-    # The critic's state folder holds its weights, too; the actor's are the checkpoint itself.
     models: dict[Role, str] = {
         "actor": str(checkpoint) if checkpoint else policy,
-        "critic": states["critic"] or critic,
         "reference": policy,
         "reward": reward,
         "rollout": policy,
     }
+    if cfg.has_critic:
+        # Its state folder holds its weights, too; the actor's are the checkpoint itself.
+        start = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
+        models["critic"] = states["critic"] or start
     assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer checks it"
     pad_id = tokenizer.pad_token_id
     return {

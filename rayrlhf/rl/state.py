@@ -25,7 +25,8 @@ class State:
 def save(cfg: PPOConfig, roles: Roles, state: State, stage_dir: Path) -> None:
     """Write a checkpoint: the actor as a Hugging Face folder, and all that resuming needs."""
     folder = begin(stage_dir, state.step)
-    wait_all(roles.actor.save(str(folder)), roles.critic.save(str(folder)))
+    trained = [roles.actor] if roles.critic is None else [roles.actor, roles.critic]
+    wait_all(*[role.save(str(folder)) for role in trained])
     (folder / STATE_DIR / "controller.json").write_text(
         json.dumps({"step": state.step, "version": state.version, "kl_coef": state.kl.coef}),
         encoding="utf-8",

@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf.algorithms.losses import negative_log_likelihood, ppo_policy_loss, ppo_value_loss
+from rayrlhf.algorithms.losses import (
+    kl_loss,
+    negative_log_likelihood,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from rayrlhf.data.datasets import batch_indices, shard
 from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel, values_before
+from rayrlhf.rl.credit import loss_weights
 from rayrlhf.rl.experience import (
     Experience,
     Rollout,
@@ -139,6 +145,7 @@ class ActorWorker(TrainedWorker):
         sums: dict[str, float] = {}
         first: dict[str, float] = {}
         total = number = 0
+        num_responses = len(experience) // self.cfg.num_minibatches
         for epoch in range(self.cfg.epochs):
             for num_tokens, groups in self.minibatches_of(experience.rollout, step, epoch):
                 largest = 0.0
@@ -147,11 +154,14 @@ class ActorWorker(TrainedWorker):
                     old = reader.floats(experience.old_log_probs, group).to(self.device)
                     advantages = reader.floats(experience.advantages, group).to(self.device)
                     log_probs, _ = self.kept_or_new(micro, step, with_metrics=False)
+                    weights = loss_weights(self.cfg, micro.mask, num_tokens, num_responses)
                     loss_sum, metrics = ppo_policy_loss(  # (b, T) each
-                        log_probs, old, advantages, micro.mask, clip=self.cfg.clip
+                        log_probs, old, weights * advantages, micro.mask, clip=self.cfg.clip
                     )
+                    penalty, more = self._kl_penalty(experience, reader, micro, log_probs, weights)
+                    metrics |= more
                     self.backend.backward(
-                        loss_sum,
+                        loss_sum + penalty,
                         num_tokens,
                         is_last=self.corpus is None and position == len(groups) - 1,
                     )
@@ -176,6 +186,21 @@ class ActorWorker(TrainedWorker):
             **first,
             **{f"policy/{name}": value for name, value in stats.items()},
         }
+
+    def _kl_penalty(
+        self,
+        experience: Experience,
+        reader: RowReader,
+        micro: TokenBatch,
+        log_probs: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the loss has beside the policy's: 0 where the reward has the KL penalty."""
+        if experience.ref_log_probs is None:
+            return torch.zeros((), device=self.device), {}
+        ref = reader.floats(experience.ref_log_probs, micro.indices).to(self.device)
+        loss, metrics = kl_loss(log_probs, ref, micro.mask, weights=weights)
+        return experience.kl_coef * loss, metrics
 
     @property
     def _updates(self) -> int:
@@ -266,6 +291,7 @@ class CriticWorker(TrainedWorker):
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """K epochs of clipped-value SGD; returns token-weighted means over all ranks."""
+        assert experience.old_values is not None and experience.returns is not None
         reader = RowReader(experience.rollout, pad_id=self.settings.pad_id)
         sums: dict[str, float] = {}
         total = 0

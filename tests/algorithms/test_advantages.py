@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.advantages import (
     clip_scores,
+    discounted_returns,
     explained_variance,
     gae,
     group_relative,
@@ -228,3 +229,17 @@ def test_explained_variance() -> None:
     assert explained_variance(torch.full((1, 4), 7.0), returns, mask) == pytest.approx(0)
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3)
     assert explained_variance(returns, torch.ones(1, 4), mask) == 0
+
+
+def test_36_group_relative_without_the_standard_deviation() -> None:
+    scores = torch.tensor([1.0, 3.0, 10.0, 0.0])
+    found = group_relative(scores, samples_per_prompt=2, divide_by_std=False)
+    assert found.tolist() == [-1.0, 1.0, 5.0, -5.0]
+
+
+def test_discounted_returns_by_hand() -> None:
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, NAN, 8.0]])
+    found = discounted_returns(rewards, mask, gamma=0.5)
+    # 1 + 0.5 * (2 + 0.5 * 4); what is masked neither counts nor decays
+    assert found.tolist() == [[3.0, 4.0, 4.0], [5.0, 0.0, 8.0]]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.losses import (
     causal_lm_loss,
+    kl_loss,
     negative_log_likelihood,
     ppo_policy_loss,
     ppo_value_loss,
@@ -213,3 +214,21 @@ def test_31_padding_and_empty_masks_give_zero_not_nan(junk: float) -> None:
         assert empty == 0
         assert all(value == 0 for value in empty_metrics.values())
         assert (torch.autograd.grad(empty, leaf)[0] == 0).all()
+
+
+def test_03_kl_loss_is_k3_and_pulls_towards_the_reference() -> None:
+    # log-ratios ln 2 and -ln 2: k3 = exp(-r) - 1 + r = ln 2 - 0.5 and 1 - ln 2; padding is not read
+    ln2 = math.log(2)
+    log_probs = torch.tensor([[-1.0, -1.0, float("nan")]], requires_grad=True)
+    ref = torch.tensor([[-1.0 - ln2, -1.0 + ln2, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    loss, metrics = kl_loss(log_probs, ref, mask)
+    assert loss.item() == pytest.approx(0.5)
+    assert metrics["policy/kl_loss"].item() == pytest.approx(0.5)
+    loss.backward()
+    assert log_probs.grad is not None
+    # d k3 / d log p = 1 - exp(-r)
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[0.5, -1.0, 0.0]]))
+    weighted, same = kl_loss(log_probs.detach(), ref, mask, weights=torch.tensor([[3.0]]))
+    assert weighted.item() == pytest.approx(1.5)
+    assert same["policy/kl_loss"].item() == pytest.approx(0.5)

@@ -10,14 +10,30 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rayrlhf.config import PPOConfig
+from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ppo import optimize
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.state import restore
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
-from tests.rl.inline import EOS, PAD, VOCAB, CountingReward, InlineHandle, InlineRay, SmallEngine
+from rayrlhf.training.checkpoint import newest_checkpoint
+from tests.rl.inline import (
+    EOS,
+    PAD,
+    PROMPTS,
+    VOCAB,
+    CountingReward,
+    InlineHandle,
+    InlineRay,
+    Metrics,
+    SmallEngine,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="session")
@@ -72,9 +88,10 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
             "num_minibatches": 2,
             "max_response_tokens": 6,
             "actor": {"learning_rate": 3e-3},
-            "critic": {"learning_rate": 3e-3},
             "steps": 4,
         }
+        if keys.get("advantage_estimator", "gae") == "gae":
+            defaults["critic"] = {"learning_rate": 3e-3}
         return RoleSettings(
             ppo=PPOConfig(**{**defaults, **keys}),
             model_path=str(model),
@@ -124,19 +141,21 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
             )
         rollout = RolloutWorker(own)
         rollout.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
-        workers = {
+        workers: dict[str, Any] = {
             "actor": ActorWorker(actor),
-            "critic": CriticWorker(critic),
+            **({"critic": CriticWorker(critic)} if own.ppo.has_critic else {}),
             "reference": ReferenceWorker(own),
             "reward": reward(replace(own, model_path=str(small_critic))),
         }
-        for name in ("actor", "critic"):
-            workers[name].start(("", 0))  # type: ignore[call-arg]
-        workers["reference"].start()  # type: ignore[call-arg]
-        workers["reward"].start()  # type: ignore[call-arg]
+        for name, worker in workers.items():
+            worker.start(*([("", 0)] if name in ("actor", "critic") else []))
         return Roles(
             actor=groups.ActorGroup([InlineHandle(workers["actor"])], deadline_s=60),
-            critic=groups.CriticGroup([InlineHandle(workers["critic"])], deadline_s=60),
+            critic=(
+                groups.CriticGroup([InlineHandle(workers["critic"])], deadline_s=60)
+                if own.ppo.has_critic
+                else None
+            ),
             reference=groups.ReferenceGroup([InlineHandle(workers["reference"])], deadline_s=60),
             reward=groups.RewardGroup([InlineHandle(workers["reward"])], deadline_s=60),
             rollout=groups.RolloutGroup([InlineHandle(rollout)], deadline_s=60),
@@ -148,3 +167,35 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
 @pytest.fixture
 def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer)
+
+
+@pytest.fixture
+def train(
+    make_roles: Callable[..., Roles],
+    settings: Callable[..., RoleSettings],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> Callable[..., Metrics]:
+    """Return train(name, **keys of PPOConfig): run the loop; returns metrics.jsonl."""
+
+    def run(name: str = "run", *, seed: int = 0, **keys: Any) -> Metrics:
+        own = settings(seed=seed, **keys)
+        stage = tmp_path / name
+        checkpoint = newest_checkpoint(stage)
+        state = restore(own.ppo, checkpoint)
+        roles = make_roles(own, checkpoint=checkpoint)
+        with MetricsLogger(stage, start_step=state.step) as log:
+            optimize(
+                own.ppo, roles, Prompts(PROMPTS, seed, own.ppo.batch_size), state, log, tokenizer
+            )
+        return read_jsonl(stage / "metrics.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Rows that count up and down, so that there is something to learn."""
+    return write_corpus(
+        tmp_path, [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
+    )

@@ -1,19 +1,25 @@
 """Stand-ins for Ray and for vLLM: everything happens at once, in this process."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.exceptions
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rayrlhf.data.rows import write_shard
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
 from rayrlhf.rl.scoring import RewardWorker
 
 EOS, PAD = 0, 1
 VOCAB = 12
+PROMPTS = [[3, 4, 2 + i % 10] for i in range(20)]
+Metrics = list[dict[str, Any]]
+"""Lines of metrics.jsonl."""
 
 
 class Ref:
@@ -123,6 +129,28 @@ class CountingReward(RewardWorker):
     def score(self, rollout: Any) -> Any:
         counts = [torch.tensor([float(row.count(5))]) for row in rollout.responses()]
         return list(range(len(rollout))), counts
+
+
+def timeless(rows: Metrics) -> Metrics:
+    """Return the metrics without what depends on the clock."""
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith("time") and name != "rollout/tokens_per_s"
+        }
+        for row in rows
+    ]
+
+
+def write_corpus(folder: Path, rows: Any) -> Path:
+    """Write rows (n, T) as a corpus of one shard."""
+    folder.mkdir(exist_ok=True)
+    packed = np.asarray(rows, dtype=np.int32)
+    shard = write_shard(folder / "train-00000.arrow", packed)
+    manifest = {"row_length": packed.shape[1], "splits": {"train": {"shards": [shard]}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
 
 
 def engine_model(folder: Path, tiny_model: Path, *, seed: int = 0) -> Path:

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from rayrlhf.data.packing import pack_best_fit
-from rayrlhf.data.rows import write_shard
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl.experience import Experience, Rollout, RowReader, scatter_rows
@@ -21,7 +19,7 @@ from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
-from tests.rl.inline import EOS, SmallEngine
+from tests.rl.inline import EOS, SmallEngine, write_corpus
 
 Make = Callable[..., RoleSettings]
 
@@ -307,24 +305,6 @@ def test_critic_learns_the_returns(settings: Make, small_critic: Path) -> None:
         )
         losses.append(critic.update(batch, step)["value/loss"])
     assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Rows that count up and down, so that there is something to learn."""
-    return write_corpus(
-        tmp_path, [[2 + (start + i) % 10 for i in range(8)] for start in range(10)] * 3
-    )
-
-
-def write_corpus(folder: Path, rows: Any) -> Path:
-    """Write rows (n, T) as a corpus of one shard."""
-    folder.mkdir(exist_ok=True)
-    packed = np.asarray(rows, dtype=np.int32)
-    shard = write_shard(folder / "train-00000.arrow", packed)
-    manifest = {"row_length": packed.shape[1], "splits": {"train": {"shards": [shard]}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
 
 
 def test_ptx_coef_0_is_bit_equal_to_none_and_above_learns_the_corpus(
