@@ -76,6 +76,9 @@ class PPOConfig(Section):
     stops. float32 gives below 1e-4; bfloat16 needs about 0.1."""
     rollout_memory_gib: PositiveFloat = 0.25
     """KV cache of one engine on CPU, GiB."""
+    profile: bool = False
+    """Trace the trained roles for a step and measure a few more: ppo/profile/ gets the traces, and
+    a table of seconds and FLOP utilisation per role and phase."""
     deadline_s: PositiveFloat = 600
     """Longest wait for one call to a role before the run stops and names the role."""
     sample_every: Positive = 10

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rayrlhf import console
 from rayrlhf.config import RecipeError
+from rayrlhf.rl.clock import Span
 from rayrlhf.rl.experience import Experience, Rollout, scatter_rows
 
 T = TypeVar("T")
@@ -128,6 +129,14 @@ class Group:
         """Load the model on every worker."""
         return self._pending("start", [w.start.remote() for w in self.workers], nothing)
 
+    def read_clock(self) -> Pending[list[list[Span]]]:
+        """Return, for each worker, the phases that ran since the last reading."""
+        return self._pending("read_clock", [w.read_clock.remote() for w in self.workers], list)
+
+    def matmul_rate(self) -> Pending[float]:
+        """Measure what the workers' matmuls reach together, FLOP/s."""
+        return self._pending("matmul_rate", [w.matmul_rate.remote() for w in self.workers], sum)
+
     def _pending(self, call: str, refs: list[Ref], gather: Callable[[list[Any]], T]) -> Pending[T]:
         return Pending(self.role, call, refs, gather, self.deadline_s)
 
@@ -144,6 +153,15 @@ class TrainedGroup(Group):
     def save(self, folder: str) -> Pending[None]:
         """Write weights and training state into a checkpoint folder that exists."""
         return self._pending("save", [w.save.remote(folder) for w in self.workers], nothing)
+
+    def start_trace(self) -> Pending[None]:
+        """Record what runs from now on."""
+        return self._pending("start_trace", [w.start_trace.remote() for w in self.workers], nothing)
+
+    def stop_trace(self, path: str) -> Pending[None]:
+        """Write what ran since `start_trace` to files that begin with `path`."""
+        refs = [w.stop_trace.remote(path) for w in self.workers]
+        return self._pending("stop_trace", refs, nothing)
 
     def update(self, experience: Ref, step: int) -> Pending[dict[str, float]]:
         """Train on a shared Experience; returns metrics of the whole group."""

@@ -26,6 +26,7 @@ from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
+from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
 from rayrlhf.rl.state import State, restore, save
@@ -78,6 +79,7 @@ def optimize(
 ) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     sync_weights(roles.actor, roles.rollout, version=state.version)
+    profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
@@ -129,6 +131,7 @@ def optimize(
         for part in losses:
             metrics |= part
         log.log(state.step, metrics)
+        profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):
             log_samples(log, state.step, rollout, scores, tokenizer)
         if is_due(state.step, cfg.save_every, cfg.steps):

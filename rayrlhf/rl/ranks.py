@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayrlhf.config import PPOConfig, TrainingConfig
+from rayrlhf.rl.clock import Clock, Span
 from rayrlhf.rl.experience import (
     Rollout,
     RowReader,
@@ -22,6 +23,8 @@ from rayrlhf.rl.experience import (
 )
 from rayrlhf.training.backend import Backend, forward_precision, make_backend
 from rayrlhf.training.checkpoint import STATE_DIR
+from rayrlhf.training.flops import ModelFlops, attended_pairs, model_flops
+from rayrlhf.training.utilization import matmul_rate
 
 Rows = tuple[list[int], list[Tensor]]
 """Rows of a rollout that a rank worked on: their indices, and one tensor per row."""
@@ -63,7 +66,25 @@ class Worker:
         self.settings = settings
         self.cfg = settings.ppo
         self.device = torch.device("cuda:0" if settings.num_gpus else "cpu")
+        self.clock = Clock()
         torch.set_num_threads(settings.num_threads)
+
+    def read_clock(self) -> list[Span]:
+        """Return the phases that ran since the last reading."""
+        return self.clock.read()
+
+    def start_trace(self) -> None:
+        """Record what runs from now on."""
+        self.clock.start_trace()
+
+    def stop_trace(self, path: str) -> None:
+        """Write a trace of what ran since `start_trace` to `path`, followed by the rank."""
+        self.clock.stop_trace(f"{path}-{self.settings.rank}.json.gz")
+
+    def matmul_rate(self) -> float:
+        """Measure FLOP/s of plain matmuls with this worker's device, precision and threads."""
+        is_float32 = self.cfg.actor.precision == "float32"
+        return matmul_rate(self.device, torch.float32 if is_float32 else torch.bfloat16)
 
 
 class ModelWorker(Worker):
@@ -71,6 +92,26 @@ class ModelWorker(Worker):
 
     training: TrainingConfig
     """Of the role; `reference` and `reward` have that of the trained role of the same model."""
+    _forward_flops: ModelFlops | None = None
+    _whole_flops: ModelFlops | None = None
+
+    def know_flops(self, module: torch.nn.Module) -> None:
+        """Count FLOPs from now on under `ppo.profile`; the weights of `module` are whole."""
+        if self.cfg.profile:
+            self._forward_flops = model_flops(module, forward_only=True)
+            self._whole_flops = model_flops(module)
+
+    def count(self, micro: TokenBatch, *, backward: bool = False) -> None:
+        """Add the FLOPs of a pass over a micro-batch to the phase that runs."""
+        if self._forward_flops is None or self._whole_flops is None:
+            return
+        tokens = {
+            "num_tokens": int(micro.attention_mask.sum()) if micro.indices else 0,
+            "num_pairs": attended_pairs(micro.attention_mask) if micro.indices else 0,
+            "num_outputs": int(micro.mask.sum()),
+        }
+        forward = self._forward_flops.total(**tokens)
+        self.clock.count(self._whole_flops.total(**tokens) - forward if backward else forward)
 
     def plans_of(
         self, rollout: Rollout, step: int, epoch: int, world_size: int
@@ -148,6 +189,7 @@ class TrainedWorker(ModelWorker, ABC):
     def load(self) -> None:
         """Load the model and, on resume, the optimizer; every rank calls it."""
         module = self.load_module()
+        self.know_flops(module)
         updates_per_step = self.cfg.epochs * self.cfg.num_minibatches
         self.backend: Backend = make_backend(
             module,
@@ -194,10 +236,12 @@ class TrainedWorker(ModelWorker, ABC):
             micro = reader.tokens(group).to(self.device)
             with torch.no_grad():
                 found = self.outputs(micro, True)
+            self.count(micro)
             yield micro, found
         micro = reader.tokens(groups[0]).to(self.device)
         with torch.set_grad_enabled(updates):
             found = self.outputs(micro, True)
+        self.count(micro)
         if updates:
             self._kept = (step, groups[0], found)
         yield micro, found
@@ -207,6 +251,7 @@ class TrainedWorker(ModelWorker, ABC):
         kept, self._kept = self._kept, None
         if kept is not None and kept[:2] == (step, micro.indices):
             return kept[2]
+        self.count(micro)
         return self.outputs(micro, with_metrics)
 
     @abstractmethod

@@ -2,14 +2,20 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayrlhf.generation import Engine, request_seed
+from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.ranks import Worker
+from rayrlhf.training.flops import ModelFlops, model_flops
 
 
 class RolloutWorker(Worker):
     """One engine."""
+
+    _flops: ModelFlops | None = None
 
     def start(self) -> None:
         """Load the engine."""
@@ -24,7 +30,13 @@ class RolloutWorker(Worker):
             tensor_parallel=max(1, int(settings.num_gpus)),
             eos_token_id=settings.eos_id,
         )
+        if self.cfg.profile:
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(settings.model_path)
+                model = AutoModelForCausalLM.from_config(config)
+            self._flops = model_flops(model, forward_only=True)
 
+    @timed
     def generate(self, prompts: list[list[int]], first: int, step: int) -> Rollout:
         """Sample G responses per prompt; prompts[0] is number `first` of the step's batch."""
         samples = range(self.cfg.samples_per_prompt)
@@ -40,8 +52,19 @@ class RolloutWorker(Worker):
             temperature=self.cfg.temperature,
             seeds=seeds,
         )
-        return Rollout.from_completions(repeated, completions)
+        rollout = Rollout.from_completions(repeated, completions)
+        if self._flops is not None:
+            tokens = rollout.prompt_lengths + rollout.response_lengths - 1  # the last is not read
+            self.clock.count(
+                self._flops.total(
+                    num_tokens=int(tokens.sum()),
+                    num_pairs=int((tokens * (tokens + 1)).sum()) // 2,
+                    num_outputs=int(rollout.response_lengths.sum()),
+                )
+            )
+        return rollout
 
+    @timed
     def load_weights(self, weights: dict[str, npt.NDArray[np.float32]], version: int) -> int:
         """Replace all weights; returns the version that the engine now has."""
         return self.engine.load_weights(weights.items(), version)

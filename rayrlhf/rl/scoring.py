@@ -6,6 +6,7 @@ from torch import Tensor
 from rayrlhf.data.datasets import shard
 from rayrlhf.data.packing import microbatches
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
+from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import Rollout, RowReader
 from rayrlhf.rl.ranks import InferenceWorker, Rows
 
@@ -17,8 +18,10 @@ class RewardWorker(InferenceWorker):
         """Load the model with its shift."""
         self.training = self.cfg.critic
         self.model = ScalarHeadModel.from_pretrained(self.settings.model_path, dtype=self.dtype)
+        self.know_flops(self.model)
         self.model.to(self.device).eval()
 
+    @timed
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Rows:
         """Return the score of each response; 0 is the mean score of the demonstrations."""
@@ -32,6 +35,7 @@ class RewardWorker(InferenceWorker):
             micro = reader.tokens([mine[position] for position in group]).to(self.device)
             with self.autocast():
                 scores = self.model(micro.input_ids, micro.attention_mask)  # (b, S)
+            self.count(micro)
             last = last_scores(scores, micro.attention_mask.sum(dim=1))  # (b,)
             indices += micro.indices
             rows += list(last.cpu().unsqueeze(1))

@@ -29,6 +29,7 @@ from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel, values_before
+from rayrlhf.rl.clock import timed
 from rayrlhf.rl.credit import loss_weights
 from rayrlhf.rl.experience import (
     Experience,
@@ -58,8 +59,10 @@ class ReferenceWorker(InferenceWorker):
         """Load the model."""
         self.training = self.cfg.actor
         self.model = CausalLMModel.from_pretrained(self.settings.model_path, dtype=self.dtype)
+        self.know_flops(self.model)
         self.model.to(self.device).eval()
 
+    @timed
     @torch.no_grad()
     def log_probs(self, rollout: Rollout, step: int) -> Rows:
         """Return log-probs of the response tokens, nats, at the sampling temperature.
@@ -74,6 +77,7 @@ class ReferenceWorker(InferenceWorker):
             micro = reader.tokens(group).to(self.device)
             with self.autocast():
                 log_probs = response_log_probs(self.model, micro, self.cfg.temperature)
+            self.count(micro)
             indices += micro.indices
             rows += unpadded(log_probs, micro.mask)
         return indices, rows
@@ -112,6 +116,7 @@ class ActorWorker(TrainedWorker):
     def num_steps(self) -> int:
         return max(1, self.cfg.steps - self.cfg.critic_warmup_steps)
 
+    @timed
     def log_probs(self, rollout: Rollout, step: int) -> tuple[Rows, float]:
         """Return (log-probs of the response tokens, sum of entropies) of this rank's rows.
 
@@ -139,6 +144,7 @@ class ActorWorker(TrainedWorker):
         )
         return found if with_metrics else (found, torch.zeros_like(found))
 
+    @timed
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """K epochs of clipped-policy SGD; returns token-weighted means over all ranks."""
         reader = RowReader(experience.rollout, pad_id=self.settings.pad_id)
@@ -160,6 +166,7 @@ class ActorWorker(TrainedWorker):
                     )
                     penalty, more = self._kl_penalty(experience, reader, micro, log_probs, weights)
                     metrics |= more
+                    self.count(micro, backward=True)
                     self.backend.backward(
                         loss_sum + penalty,
                         num_tokens,
@@ -246,6 +253,7 @@ class ActorWorker(TrainedWorker):
             sums["ptx/num_tokens"] += mask.sum().cpu()
         return sums
 
+    @timed
     def weights(self) -> tuple[bool, dict[str, npt.NDArray[np.float32]] | None]:
         """Return (True, {Hugging Face name: float32 array} of all weights; None but on rank 0)."""
         pairs = named_weights(self.model, self.backend.full_weights())
@@ -279,6 +287,7 @@ class CriticWorker(TrainedWorker):
         self.model = ScalarHeadModel.from_pretrained(self.settings.model_path)
         return self.model
 
+    @timed
     def values(self, rollout: Rollout, step: int) -> Rows:
         """Return V of the state before each response token, of this rank's rows."""
         reader = RowReader(rollout, pad_id=self.settings.pad_id)
@@ -289,6 +298,7 @@ class CriticWorker(TrainedWorker):
             rows += unpadded(values, micro.mask)[: len(micro.indices)]
         return indices, rows
 
+    @timed
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """K epochs of clipped-value SGD; returns token-weighted means over all ranks."""
         assert experience.old_values is not None and experience.returns is not None
@@ -306,6 +316,7 @@ class CriticWorker(TrainedWorker):
                         micro.mask,
                         clip=self.cfg.value_clip,
                     )
+                    self.count(micro, backward=True)
                     self.backend.backward(loss_sum, num_tokens, is_last=position == len(groups) - 1)
                     add(sums, metrics)
                 stats = self.backend.step()

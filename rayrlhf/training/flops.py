@@ -18,10 +18,10 @@ from rayrlhf.models.folder import document_positions
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a forward and backward pass of a model takes; a product and its addition are 2."""
+    """What passes of a model take; a product and its addition are 2."""
 
     per_token: int
-    """Of the matrices of all layers: 6 for each entry, 4 where it is frozen."""
+    """Of the matrices of all layers: 6 for each entry, 4 where it is frozen, 2 forward only."""
     per_pair: int
     """Of a token and one that it attends to, itself included, in all layers."""
     per_output: int
@@ -34,24 +34,32 @@ class ModelFlops:
         )
 
 
-def model_flops(module: nn.Module) -> ModelFlops:
-    """Measure the HF model in `module`, whose weights are whole: before a backend shards them."""
+def model_flops(module: nn.Module, *, forward_only: bool = False) -> ModelFlops:
+    """Measure the HF model in `module`, whose weights are whole: before a backend shards them.
+
+    Of a forward and a backward pass, or of a forward pass alone.
+    """
+
+    def per_entry(weight: Tensor) -> int:
+        """Return the FLOPs of an entry: forward, for the input's gradient, and for its own."""
+        return 2 if forward_only else 6 if weight.requires_grad else 4
+
     hf = huggingface_model(module)
     assert hf is not None
     per_token = 0
     for layer in hf.base_model.modules():
         # The sizes are not read off the weight, which quantization packs.
         if isinstance(layer, nn.Linear):
-            per_token += _per_entry(layer.weight) * layer.in_features * layer.out_features
+            per_token += per_entry(layer.weight) * layer.in_features * layer.out_features
         elif isinstance(layer, Conv1D):
-            per_token += _per_entry(layer.weight) * layer.nx * layer.nf
+            per_token += per_entry(layer.weight) * layer.nx * layer.nf
     within = {id(parameter) for parameter in hf.base_model.parameters()}
     outside = [p for p in hf.parameters() if p.ndim == 2 and id(p) not in within]
     head = outside or [hf.get_input_embeddings().weight]  # tied
     return ModelFlops(
         per_token,
-        12 * hf.config.num_hidden_layers * _attention_width(hf.config),
-        sum(_per_entry(weight) * weight.numel() for weight in head),
+        (4 if forward_only else 12) * hf.config.num_hidden_layers * _attention_width(hf.config),
+        sum(per_entry(weight) * weight.numel() for weight in head),
     )
 
 
@@ -61,11 +69,6 @@ def attended_pairs(attention_mask: Tensor) -> int:
     The mask is 0 on padding and numbers the documents of a row, as in `models.folder.run_trunk`.
     """
     return int(((document_positions(attention_mask) + 1) * (attention_mask > 0)).sum())
-
-
-def _per_entry(weight: Tensor) -> int:
-    """Return the FLOPs of an entry: forward, for the input's gradient, and for its own."""
-    return 6 if weight.requires_grad else 4
 
 
 def _attention_width(config: PreTrainedConfig) -> int:
