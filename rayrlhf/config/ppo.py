@@ -81,6 +81,10 @@ class PPOConfig(Section):
     a table of seconds and FLOP utilisation per role and phase."""
     deadline_s: PositiveFloat = 600
     """Longest wait for one call to a role before the run stops and names the role."""
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    """Deaths within an hour that the run survives: of each rollout, reference or reward worker,
+    whose successor repeats what it was doing, and of the ranks of the actor or of the critic
+    together, after which both go back to the newest checkpoint."""
     sample_every: Positive = 10
     """Steps between samples on the terminal and in samples.jsonl."""
     save_every: Positive = 10

@@ -1,14 +1,14 @@
 """A typed front per role: start a call on every worker, and gather what the ranks return.
 
 A call returns a `Pending` at once; `wait_all` waits for several together, so that roles work at the
-same time. Every wait has the deadline `ppo.deadline_s` and a line every 30 s, and both the line and
-the error name the role and the call.
+same time. Every call has the deadline `ppo.deadline_s` and a line every 30 s, and both the line and
+the error name the role and the call. What follows when a worker dies: see supervision.py.
 Arguments that are large travel as references (`share`), which this module never opens.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from rayrlhf import console
-from rayrlhf.config import RecipeError
+from rayrlhf.config import RecipeError, Role
 from rayrlhf.rl.clock import Span
 from rayrlhf.rl.experience import Experience, Rollout, scatter_rows
+from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.supervision import DEATHS, Call, Handle, Ref, Seat, Supervisor
 
 T = TypeVar("T")
-Handle = Any
-"""A Ray actor handle, whose methods exist at run time only."""
-Ref = Any
-"""A reference to an object in Ray's store."""
+Submit = Callable[[Handle], Ref]
+"""Starts a call on a worker."""
 LINE_EVERY_S = 30.0
 """Seconds between the lines that say what a long wait is for."""
+NEIGHBOUR_S = 10.0
+"""How long after an error in a collective its cause is looked for: a rank that died."""
 
 
 @dataclass
@@ -36,33 +38,39 @@ class Pending(Generic[T]):
 
     role: str
     call: str
-    refs: list[Ref]
+    calls: list[Call]
     gather: Callable[[list[Any]], T]
     deadline_s: float
     fix: str = "see the log of its worker under Ray's session folder"
     """What to do when it is late."""
-    started: float = field(default_factory=time.monotonic)
+    died: Callable[[Call, Exception], None] | None = None
+    """What a worker's death means: it returns when the call is being done again, or raises."""
+    is_collective: bool = False
+    """Whether one rank's death makes calls of the others fail, too."""
 
-    @property
-    def deadline(self) -> float:
-        """When the wait ends, by the monotonic clock."""
-        return self.started + self.deadline_s
+    def open_calls(self) -> list[Call]:
+        """Return what there is to wait for: also what a successor does to catch up."""
+        seats = dict.fromkeys(call.seat for call in self.calls)
+        again = [call for seat in seats for call in seat.calls if call.is_again]
+        return [call for call in [*again, *self.calls] if not call.is_done]
 
     def wait(self) -> T:
         """Return the gathered result; see `wait_all`."""
         _finish([self])
-        return self.gather(ray.get(self.refs))
+        return self.gather([call.result for call in self.calls])
 
 
 def wait_all(*pending: Pending[Any]) -> list[Any]:
     """Wait for calls that run at the same time; returns their results in order.
 
-    Raises TimeoutError when one is not done by its deadline, and RuntimeError when its worker died
-    or raised, as soon as that happens, whatever the others do. Both name the role and the call. A
-    RecipeError of a worker is raised as it is.
+    What a worker without a state of its own was doing when it died, its successor does again.
+    Raises TimeoutError when a call is not done by its deadline, LearnerLost when a rank of a
+    trained role died, and RuntimeError when a worker raised, or died too often, as soon as that
+    happens, whatever the others do. All name the role and the call. A RecipeError of a worker is
+    raised as it is.
     """
     _finish(pending)
-    return [each.gather(ray.get(each.refs)) for each in pending]
+    return [each.gather([call.result for call in each.calls]) for each in pending]
 
 
 def nothing(_: list[Any]) -> None:
@@ -80,174 +88,276 @@ def share(value: Rollout | Experience) -> Ref:
 
 
 def _finish(pending: Sequence[Pending[Any]]) -> None:
-    owner = {ref: each for each in pending for ref in each.refs}
-    open_refs = list(owner)
     next_line = time.monotonic() + LINE_EVERY_S
-    while open_refs:
-        late = min((owner[ref] for ref in open_refs), key=lambda each: each.deadline)
-        until = min(late.deadline, next_line)
-        ready, _ = ray.wait(open_refs, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-        if not ready and until == late.deadline:
+    while waiting := {call.ref: (each, call) for each in pending for call in each.open_calls()}:
+        late, call = min(waiting.values(), key=lambda pair: pair[1].started + pair[0].deadline_s)
+        deadline = call.started + late.deadline_s
+        until = min(deadline, next_line)
+        ready, _ = ray.wait(
+            list(waiting), num_returns=1, timeout=max(0.0, until - time.monotonic())
+        )
+        if not ready and until == deadline:
             raise TimeoutError(
-                f"{late.role}.{late.call} is not done after ppo.deadline_s={late.deadline_s:g} s: "
+                f"{late.role}.{call.name} is not done after ppo.deadline_s={late.deadline_s:g} s: "
                 f"{late.fix}, or raise ppo.deadline_s"
             )
         for ref in ready:
-            _check(owner[ref], ref)
-        open_refs = [ref for ref in open_refs if ref not in ready]
+            each, call = waiting.pop(ref)
+            if call.ref is ref:  # and no successor does it again
+                _take_in(each, call)
         now = time.monotonic()
-        if open_refs and now >= next_line:
-            names = dict.fromkeys(f"{owner[ref].role}.{owner[ref].call}" for ref in open_refs)
-            console.say(f"ppo: waiting for {', '.join(names)}, {late.deadline - now:.0f} s left")
+        if waiting and now >= next_line:
+            names = dict.fromkeys(f"{each.role}.{call.name}" for each, call in waiting.values())
+            console.say(f"ppo: waiting for {', '.join(names)}, {deadline - now:.0f} s left")
             next_line = now + LINE_EVERY_S
 
 
-def _check(owner: Pending[Any], ref: Ref) -> None:
+def _take_in(pending: Pending[Any], call: Call) -> None:
+    """Take in the answer to a call; see `wait_all`."""
     try:
-        ray.get(ref)
-    except ray.exceptions.RayActorError as error:
-        raise RuntimeError(
-            f"{owner.role}.{owner.call}: the worker died; run the same command "
-            f"again to resume from the newest checkpoint. {error}"
-        ) from error
+        call.done(ray.get(call.ref))
+    except DEATHS as error:
+        _died(pending, call, error)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RecipeError):
             raise error.cause from None
-        raise RuntimeError(f"{owner.role}.{owner.call} failed: {error}") from error
+        if pending.is_collective:
+            _look_for_the_dead(pending, call)
+        raise RuntimeError(f"{pending.role}.{call.name} failed: {error}") from error
+
+
+def _died(pending: Pending[Any], call: Call, error: Exception) -> None:
+    failed_at_birth = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
+    if pending.died is None or failed_at_birth:
+        raise RuntimeError(
+            f"{pending.role}.{call.name}: the worker died; run the same command "
+            f"again to resume from the newest checkpoint. {error}"
+        ) from error
+    pending.died(call, error)
+
+
+def _look_for_the_dead(pending: Pending[Any], call: Call) -> None:
+    """Raise LearnerLost when another rank died: then it is why this one's call failed."""
+    others = [each for each in pending.calls if each is not call and not each.is_done]
+    if not others:
+        return
+    refs = [each.ref for each in others]
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=NEIGHBOUR_S)
+    for other in others:
+        if other.ref in ready:
+            try:
+                ray.get(other.ref)
+            except DEATHS as error:
+                _died(pending, other, error)
+            except ray.exceptions.RayTaskError:
+                continue  # it failed in the same way
 
 
 class Group:
-    """The workers of one role."""
+    """The workers of one role, none of which has a state of its own."""
 
-    role = ""
+    role: Role
 
-    def __init__(self, workers: Sequence[Handle], *, deadline_s: float) -> None:
-        self.workers = list(workers)
+    def __init__(
+        self,
+        workers: Sequence[Handle],
+        *,
+        deadline_s: float,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        """Without a supervisor, a worker's death ends the run."""
+        self.seats = [Seat(worker, rank) for rank, worker in enumerate(workers)]
         self.deadline_s = deadline_s
+        self.supervisor = supervisor
 
     def start(self) -> Pending[None]:
         """Load the model on every worker."""
-        return self._pending("start", [w.start.remote() for w in self.workers], nothing)
+        return self._all("start", lambda worker: worker.start.remote(), nothing, lasting=True)
 
     def read_clock(self) -> Pending[list[list[Span]]]:
         """Return, for each worker, the phases that ran since the last reading."""
-        return self._pending("read_clock", [w.read_clock.remote() for w in self.workers], list)
+        return self._all("read_clock", lambda worker: worker.read_clock.remote(), list)
 
     def matmul_rate(self) -> Pending[float]:
         """Measure what the workers' matmuls reach together, FLOP/s."""
-        return self._pending("matmul_rate", [w.matmul_rate.remote() for w in self.workers], sum)
+        return self._all("matmul_rate", lambda worker: worker.matmul_rate.remote(), sum)
 
-    def _pending(self, call: str, refs: list[Ref], gather: Callable[[list[Any]], T]) -> Pending[T]:
-        return Pending(self.role, call, refs, gather, self.deadline_s)
+    def give_up(self) -> None:
+        """Forget the calls that have started: nobody will wait for them."""
+        for seat in self.seats:
+            seat.give_up()
+
+    def _all(
+        self,
+        call: str,
+        submit: Submit,
+        gather: Callable[[list[Any]], T],
+        *,
+        lasting: bool = False,
+    ) -> Pending[T]:
+        """Start the same call on every worker."""
+        work = dict.fromkeys(range(len(self.seats)), submit)
+        return self._each(call, work, gather, lasting=lasting)
+
+    def _each(
+        self,
+        call: str,
+        work: Mapping[int, Submit],
+        gather: Callable[[list[Any]], T],
+        *,
+        lasting: bool = False,
+    ) -> Pending[T]:
+        """Start a call on the workers that are the keys of `work`."""
+        calls = [
+            self.seats[rank].call(call, submit, lasting=lasting) for rank, submit in work.items()
+        ]
+        died = self._died if self.supervisor else None
+        return Pending(self.role, call, calls, gather, self.deadline_s, died=died)
+
+    def _died(self, call: Call, error: Exception) -> None:
+        assert self.supervisor is not None
+        self.supervisor.replace(call.seat, call.name, error)
 
 
 class TrainedGroup(Group):
-    """Ranks that train one model together."""
+    """Ranks that train one model together: when one dies, all of them go back to a checkpoint."""
 
     def start(self) -> Pending[None]:
         """Join the ranks at rank 0's address, and load model and optimizer."""
-        address = self.workers[0].address.remote()
-        refs = [w.start.remote(address) for w in self.workers]
-        return self._pending("start", refs, nothing)
+        address = self.seats[0].worker.address.remote()
+        return self._all("start", lambda worker: worker.start.remote(address), nothing)
+
+    def renew(self, settings: RoleSettings) -> Pending[None]:
+        """End every rank, and start new ones from the model and the state that `settings` name."""
+        assert self.supervisor is not None
+        self.supervisor.settings = settings
+        for seat in self.seats:
+            seat.worker, seat.calls = self.supervisor.spawn(seat.rank, settings), []
+        return self.start()
 
     def save(self, folder: str) -> Pending[None]:
         """Write weights and training state into a checkpoint folder that exists."""
-        return self._pending("save", [w.save.remote(folder) for w in self.workers], nothing)
+        return self._all("save", lambda worker: worker.save.remote(folder), nothing)
 
     def start_trace(self) -> Pending[None]:
         """Record what runs from now on."""
-        return self._pending("start_trace", [w.start_trace.remote() for w in self.workers], nothing)
+        return self._all("start_trace", lambda worker: worker.start_trace.remote(), nothing)
 
     def stop_trace(self, path: str) -> Pending[None]:
         """Write what ran since `start_trace` to files that begin with `path`."""
-        refs = [w.stop_trace.remote(path) for w in self.workers]
-        return self._pending("stop_trace", refs, nothing)
+        return self._all("stop_trace", lambda worker: worker.stop_trace.remote(path), nothing)
 
     def update(self, experience: Ref, step: int) -> Pending[dict[str, float]]:
         """Train on a shared Experience; returns metrics of the whole group."""
-        refs = [w.update.remote(experience, step) for w in self.workers]
-        return self._pending("update", refs, _first)
+        return self._all("update", lambda worker: worker.update.remote(experience, step), _first)
+
+    def _each(
+        self,
+        call: str,
+        work: Mapping[int, Submit],
+        gather: Callable[[list[Any]], T],
+        *,
+        lasting: bool = False,
+    ) -> Pending[T]:
+        pending = super()._each(call, work, gather, lasting=lasting)
+        pending.is_collective = self.supervisor is not None
+        return pending
+
+    def _died(self, call: Call, error: Exception) -> None:
+        assert self.supervisor is not None
+        raise self.supervisor.lose(call.seat, call.name, error) from error
 
 
 class ActorGroup(TrainedGroup):
     """The policy."""
 
-    role = "actor"
+    role: Role = "actor"
 
     def log_probs(self, rollout: Ref, step: int) -> Pending[tuple[Tensor, float]]:
         """Return log-probs (N,) of the shared rollout and the mean entropy, nats per token."""
-        refs = [w.log_probs.remote(rollout, step) for w in self.workers]
 
         def gather(parts: list[Any]) -> tuple[Tensor, float]:
             log_probs = scatter_rows([rows for rows, _ in parts])
             return log_probs, sum(entropy for _, entropy in parts) / len(log_probs)
 
-        return self._pending("log_probs", refs, gather)
+        return self._all("log_probs", lambda worker: worker.log_probs.remote(rollout, step), gather)
 
     def weights(self) -> Pending[Ref]:
         """Return a reference to all weights, {name: float32 array}, which stay where they are."""
+        found: list[Ref] = []
+
         # A wait brings what it waits for to this process: it waits for the flags beside them.
-        refs = [w.weights.options(num_returns=2).remote() for w in self.workers]
-        done = [flag for flag, _ in refs]
-        return Pending(self.role, "weights", done, lambda _: refs[0][1], self.deadline_s)
+        def submit(worker: Handle) -> Ref:
+            flag, weights = worker.weights.options(num_returns=2).remote()
+            found.append(weights)
+            return flag
+
+        return self._all("weights", submit, lambda _: found[0])
 
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""
-        return self._pending("export", [w.export.remote(folder) for w in self.workers], nothing)
+        return self._all("export", lambda worker: worker.export.remote(folder), nothing)
 
 
 class CriticGroup(TrainedGroup):
     """The value function."""
 
-    role = "critic"
+    role: Role = "critic"
 
     def values(self, rollout: Ref, step: int) -> Pending[Tensor]:
         """Return V(state before each token) of the shared rollout: (N,)."""
-        refs = [w.values.remote(rollout, step) for w in self.workers]
-        return self._pending("values", refs, scatter_rows)
+        return self._all("values", lambda worker: worker.values.remote(rollout, step), scatter_rows)
 
 
 class ReferenceGroup(Group):
     """The policy that the KL penalty is measured against."""
 
-    role = "reference"
+    role: Role = "reference"
 
     def log_probs(self, rollout: Ref, step: int) -> Pending[Tensor]:
         """Return log-probs (N,) of the shared rollout."""
-        refs = [w.log_probs.remote(rollout, step) for w in self.workers]
-        return self._pending("log_probs", refs, scatter_rows)
+        return self._all(
+            "log_probs", lambda worker: worker.log_probs.remote(rollout, step), scatter_rows
+        )
 
 
 class RewardGroup(Group):
     """The reward model."""
 
-    role = "reward"
+    role: Role = "reward"
 
     def score(self, rollout: Ref) -> Pending[Tensor]:
         """Return one score per response of the shared rollout: (B,)."""
-        refs = [w.score.remote(rollout) for w in self.workers]
-        return self._pending("score", refs, scatter_rows)
+        return self._all("score", lambda worker: worker.score.remote(rollout), scatter_rows)
 
 
 class RolloutGroup(Group):
     """The engines."""
 
-    role = "rollout"
+    role: Role = "rollout"
 
     def generate(self, prompts: list[list[int]], step: int) -> Pending[Rollout]:
         """Sample G responses per prompt (token ids): B rows, those of one prompt together."""
-        shares = torch.arange(len(prompts)).tensor_split(len(self.workers))
-        refs = [
-            worker.generate.remote([prompts[i] for i in part.tolist()], int(part[0]), step)
-            for worker, part in zip(self.workers, shares, strict=True)
-            if len(part)
-        ]
-        return self._pending("generate", refs, Rollout.join)
+
+        def submit(part: list[int]) -> Submit:
+            mine = [prompts[i] for i in part]
+            return lambda worker: worker.generate.remote(mine, part[0], step)
+
+        shares = torch.arange(len(prompts)).tensor_split(len(self.seats))
+        work = {rank: submit(part.tolist()) for rank, part in enumerate(shares) if len(part)}
+        return self._each("generate", work, Rollout.join)
 
     def load_weights(self, weights: Ref, version: int) -> Pending[list[int]]:
-        """Replace the weights of every engine; returns the version that each acknowledges."""
-        refs = [w.load_weights.remote(weights, version) for w in self.workers]
-        return self._pending("load_weights", refs, list)
+        """Replace the weights of every engine; returns the version that each acknowledges.
+
+        Each engine's seat keeps the reference: a new engine loads the same version from there.
+        """
+        return self._all(
+            "load_weights",
+            lambda worker: worker.load_weights.remote(weights, version),
+            list,
+            lasting=True,
+        )
 
 
 def _first(results: list[dict[str, float]]) -> dict[str, float]:

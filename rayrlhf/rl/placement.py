@@ -1,27 +1,33 @@
 """Where the five roles live: `plan` is pure, `launch` has the only ray.remote() of the package."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrlhf import session
+from rayrlhf import console, session
 from rayrlhf.config import ROLES, Recipe, RecipeError, Role
+from rayrlhf.rl import groups
 from rayrlhf.rl.groups import (
     ActorGroup,
     CriticGroup,
-    Handle,
+    Group,
     Pending,
     ReferenceGroup,
     RewardGroup,
     RolloutGroup,
+    TrainedGroup,
     nothing,
     wait_all,
 )
 from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.supervision import Handle, Seat, Supervisor
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
@@ -30,6 +36,7 @@ from rayrlhf.rl.workers import (
     RolloutWorker,
 )
 
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 WORKERS: dict[Role, type] = {
     "actor": ActorWorker,
     "critic": CriticWorker,
@@ -87,6 +94,33 @@ class Roles:
     reward: RewardGroup
     rollout: RolloutGroup
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Every role that there is."""
+        return (*self.trained, self.reference, self.reward, self.rollout)
+
+    @property
+    def trained(self) -> tuple[TrainedGroup, ...]:
+        """The roles that a checkpoint has."""
+        return (self.actor,) if self.critic is None else (self.actor, self.critic)
+
+    def restarts(self) -> dict[str, float]:
+        """Return how many workers of each role died so far under this controller."""
+        return {
+            f"restarts/{group.role}": float(group.supervisor.num_restarts)
+            for group in self.groups
+            if group.supervisor
+        }
+
+    def renew_trained(self, settings: Mapping[Role, RoleSettings]) -> None:
+        """End all ranks of the trained roles, and start them from what `settings` name.
+
+        The other roles stay, and forget what they were asked for. Raises as `launch` does.
+        """
+        for group in self.groups:
+            group.give_up()
+        wait_all(*[group.renew(settings[group.role]) for group in self.trained])
+
 
 def plan(recipe: Recipe, nodes: Sequence[Mapping[str, float]] | None = None) -> Layout:
     """Return the layout of the PPO roles; with `nodes` (resources of each), check that it fits.
@@ -118,63 +152,113 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+class Bundles:
+    """The placement group of a layout, and who is in each of its bundles."""
+
+    def __init__(self, layout: Layout, *, wait_s: float) -> None:
+        """A worker whose node is lost waits up to `wait_s` for another, and some seconds anyway."""
+        self.layout = layout
+        self.wait_s = max(wait_s, session.RELEASE_S)
+        self.group = placement_group(layout.bundles, strategy=layout.strategy)
+        self._workers: dict[int, Handle] = {}
+
+    def ready(self, deadline_s: float) -> None:
+        """Wait until every bundle has its node."""
+        ready = Seat(self.group, 0).call("ready", lambda group: group.ready(), lasting=False)
+        fix = f"{self.layout.bundles}; see `ray status` for who holds the resources"
+        Pending("placement_group", "ready", [ready], nothing, deadline_s, fix).wait()
+
+    def fill(
+        self, kind: type[AnyGroup], settings: Mapping[Role, RoleSettings], deadline_s: float
+    ) -> AnyGroup:
+        """Start the workers of a role in their bundles."""
+        supervisor = Supervisor(kind.role, partial(self.spawn, kind.role), settings[kind.role])
+        ranks = [place.rank for place in self.layout.places if place.role == kind.role]
+        workers = [supervisor.spawn(rank, supervisor.settings) for rank in ranks]
+        return kind(workers, deadline_s=deadline_s, supervisor=supervisor)
+
+    def spawn(self, role: Role, rank: int, settings: RoleSettings) -> Handle:
+        """Start a worker in the bundle of its place; who was there before is ended."""
+        places = self.layout.places
+        index = next(i for i, p in enumerate(places) if (p.role, p.rank) == (role, rank))
+        place = places[index]
+        if index in self._workers:
+            ray.kill(self._workers.pop(index))
+        hosts = self._hosts(place)
+        mine = replace(
+            settings,
+            rank=rank,
+            world_size=place.world_size,
+            num_gpus=place.gpus,
+            host=hosts[index - rank],  # the ranks of a role follow each other
+        )
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
+        remote = ray.remote(WORKERS[role]).options(
+            num_cpus=place.cpus, num_gpus=place.gpus, scheduling_strategy=strategy
+        )
+        self._workers[index] = remote.remote(mine)
+        return self._workers[index]
+
+    def _hosts(self, place: Place) -> list[str]:
+        """Return the address of the node of each bundle; Ray looks for another when one is lost.
+
+        Raises TimeoutError, for `place`, when it finds none in time.
+        """
+        ends = time.monotonic() + self.wait_s
+        next_line = time.monotonic()
+        while (table := placement_group_table(self.group))["state"] != "CREATED":
+            now = time.monotonic()
+            nodes = ", ".join(f"{node.get('CPU', 0):g} CPU" for node in cluster_nodes())
+            missing = (
+                f"a node of the {place.role} worker {place.rank} or of its like is lost, and the "
+                f"nodes left ({nodes}) have no place for {place.bundle}"
+            )
+            if now >= ends:
+                raise TimeoutError(
+                    f"ppo: {missing} within {self.wait_s:g} s: add a node and run the same command "
+                    "again, or raise resources.wait_s"
+                )
+            if now >= next_line:
+                console.say(f"ppo: waiting for a node, {ends - now:.0f} s left: {missing}")
+                next_line = now + groups.LINE_EVERY_S
+            time.sleep(0.2)
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes_of = table["bundles_to_node_id"]
+        return [addresses[nodes_of[index]] for index in range(len(self.layout.places))]
+
+    def close(self) -> None:
+        """End every worker, and give the bundles back."""
+        for worker in self._workers.values():
+            ray.kill(worker)
+        remove_placement_group(self.group)
+
+
 @contextmanager
 def launch(
-    layout: Layout, settings: Mapping[Role, RoleSettings], *, deadline_s: float
+    layout: Layout,
+    settings: Mapping[Role, RoleSettings],
+    *,
+    deadline_s: float,
+    wait_s: float = 0,
 ) -> Iterator[Roles]:
     """Start every worker of `layout`, all at the same time, and end them with the block.
 
-    Raises TimeoutError when the placement group or a role is not ready after `deadline_s`.
+    Raises TimeoutError when the placement group or a role is not ready after `deadline_s`, and
+    when a node is lost and no other comes within `wait_s`.
     """
-    group = placement_group(layout.bundles, strategy=layout.strategy)
-    handles: dict[Role, list[Handle]] = {role: [] for role in ROLES}
+    bundles = Bundles(layout, wait_s=wait_s)
     try:
-        fix = f"{layout.bundles}; see `ray status` for who holds the resources"
-        Pending("placement_group", "ready", [group.ready()], nothing, deadline_s, fix).wait()
-        hosts = _hosts(group, layout)
-        for index, place in enumerate(layout.places):
-            first = next(i for i, other in enumerate(layout.places) if other.role == place.role)
-            mine = replace(
-                settings[place.role],
-                rank=place.rank,
-                world_size=place.world_size,
-                num_gpus=place.gpus,
-                host=hosts[first],
-            )
-            remote = ray.remote(WORKERS[place.role])
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            handles[place.role].append(
-                remote.options(
-                    num_cpus=place.cpus,
-                    num_gpus=place.gpus,
-                    scheduling_strategy=strategy,
-                ).remote(mine)
-            )
+        bundles.ready(deadline_s)
         roles = Roles(
-            actor=ActorGroup(handles["actor"], deadline_s=deadline_s),
+            actor=bundles.fill(ActorGroup, settings, deadline_s),
             critic=(
-                CriticGroup(handles["critic"], deadline_s=deadline_s) if handles["critic"] else None
+                bundles.fill(CriticGroup, settings, deadline_s) if "critic" in settings else None
             ),
-            reference=ReferenceGroup(handles["reference"], deadline_s=deadline_s),
-            reward=RewardGroup(handles["reward"], deadline_s=deadline_s),
-            rollout=RolloutGroup(handles["rollout"], deadline_s=deadline_s),
+            reference=bundles.fill(ReferenceGroup, settings, deadline_s),
+            reward=bundles.fill(RewardGroup, settings, deadline_s),
+            rollout=bundles.fill(RolloutGroup, settings, deadline_s),
         )
-        wait_all(
-            roles.rollout.start(),
-            roles.actor.start(),
-            *([roles.critic.start()] if roles.critic else []),
-            roles.reference.start(),
-            roles.reward.start(),
-        )
+        wait_all(*[group.start() for group in roles.groups])
         yield roles
     finally:
-        for handle in [handle for role in ROLES for handle in handles[role]]:
-            ray.kill(handle)
-        remove_placement_group(group)
-
-
-def _hosts(group: object, layout: Layout) -> list[str]:
-    """Return the address of the node of each place."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    return [addresses[nodes[index]] for index in range(len(layout.places))]
+        bundles.close()

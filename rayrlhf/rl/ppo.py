@@ -13,6 +13,7 @@ engine's only check them; the value function may be warmed up alone; beta may be
 Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, InstructGPT 2203.02155.
 """
 
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -29,7 +30,8 @@ from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
-from rayrlhf.rl.state import State, restore, save
+from rayrlhf.rl.state import State, go_back, restore, save
+from rayrlhf.rl.supervision import GoBack
 from rayrlhf.rl.weight_sync import sync_weights
 from rayrlhf.training.checkpoint import begin, commit, is_complete, newest_checkpoint
 from rayrlhf.training.model_card import write_card
@@ -56,12 +58,30 @@ def train_ppo(recipe: Recipe) -> Path:
     session.connect(recipe)
     session.require(plan(recipe).demand, wait_s=recipe.resources.wait_s, stage="ppo")
     layout = plan(recipe, cluster_nodes())
-    with (
-        launch(layout, settings, deadline_s=cfg.deadline_s) as roles,
-        MetricsLogger(
-            stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
-        ) as log,
-    ):
+    with launch(
+        layout, settings, deadline_s=cfg.deadline_s, wait_s=recipe.resources.wait_s
+    ) as roles:
+        while True:
+            try:
+                return _run(recipe, cfg, roles, prompts, state, tokenizer)
+            except GoBack:  # an actor or critic rank died: the other roles stay as they are
+                settings_from = partial(role_settings, recipe, cfg, tokenizer, prompts)
+                state = go_back(cfg, roles, stage_dir, settings_from)
+
+
+def _run(
+    recipe: Recipe,
+    cfg: PPOConfig,
+    roles: Roles,
+    prompts: Prompts,
+    state: State,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """Run the steps that are left, and write the final folder."""
+    stage_dir = recipe.path.absolute() / "ppo"
+    with MetricsLogger(
+        stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
+    ) as log:
         optimize(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)
         roles.actor.export(str(final)).wait()
@@ -124,6 +144,7 @@ def optimize(
             "kl/rollout_mismatch": mismatch,
             "policy/entropy": entropy,
             "weights/version": state.version,
+            **roles.restarts(),
             **NOT_UPDATED,
             **rollout_metrics(rollout, timer),
             **timer.seconds,

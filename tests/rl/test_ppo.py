@@ -189,12 +189,13 @@ def test_workers_of_another_folder_write_where_the_run_is(
             return method
 
     @contextmanager
-    def launch(layout: Any, settings: Any, deadline_s: float) -> Iterator[Roles]:
+    def launch(layout: Any, settings: Any, **_: float) -> Iterator[Roles]:
         os.chdir(elsewhere)
         roles = make_roles(settings["actor"], critic=settings["critic"])
         os.chdir(here)
         for group in vars(roles).values():
-            group.workers = [Elsewhere(handle.worker) for handle in group.workers]
+            for seat in group.seats:
+                seat.worker = Elsewhere(seat.worker.worker)
         yield roles
 
     monkeypatch.setattr(ppo, "launch", launch)

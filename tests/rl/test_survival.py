@@ -1,0 +1,198 @@
+"""A whole run whose workers die, in this process: its metrics are those of an undisturbed one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.exceptions
+
+from rayrlhf.config import parse
+from rayrlhf.metrics import read_jsonl
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.rl import groups, ppo
+from rayrlhf.rl.groups import wait_all
+from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.supervision import Supervisor
+from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
+from rayrlhf.training.checkpoint import is_complete
+from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine
+
+Death = tuple[str, str, int]
+"""Role, call, and which call of that name it is that the worker dies in."""
+
+
+class SmallRollout(RolloutWorker):
+    def start(self) -> None:
+        self.engine = SmallEngine(self.settings.model_path)  # type: ignore[assignment]
+
+
+KINDS: dict[str, tuple[type[groups.Group], type]] = {
+    "actor": (groups.ActorGroup, ActorWorker),
+    "critic": (groups.CriticGroup, CriticWorker),
+    "reference": (groups.ReferenceGroup, ReferenceWorker),
+    "reward": (groups.RewardGroup, CountingReward),
+    "rollout": (groups.RolloutGroup, SmallRollout),
+}
+
+
+class MortalHandle(InlineHandle):
+    """Dies in the calls that `deaths` names; a dead worker answers nothing."""
+
+    def __init__(self, role: str, worker: Any, deaths: set[Death], count: Counter[Any]) -> None:
+        super().__init__(worker)
+        self.role, self.deaths, self.count, self.is_dead = role, deaths, count, False
+
+    def __getattr__(self, name: str) -> InlineMethod:
+        method = getattr(self.worker, name)
+
+        def call(*args: Any) -> Any:
+            self.count[self.role, name] += 1
+            death = (self.role, name, self.count[self.role, name])
+            if death in self.deaths:
+                self.deaths.remove(death)
+                self.is_dead = True
+            if not self.is_dead:
+                return method(*args)
+            error = ray.exceptions.ActorDiedError()
+            return (error, None) if name == "weights" else error
+
+        return InlineMethod(call)
+
+
+@pytest.fixture
+def run(
+    inline_ray: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """Return run(name, *deaths, **keys of PPOConfig): train; returns metrics.jsonl."""
+
+    def run(name: str, *deaths: Death, **keys: Any) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        ScalarHeadModel.from_causal_lm(tiny_model).save_pretrained(folder / "reward" / "final")
+        (folder / "prompts.jsonl").write_text('{"prompt": "The movie"}\n' * 8, encoding="utf-8")
+        left, count = set(deaths), Counter[Any]()
+
+        @contextmanager
+        def launch(layout: Any, settings: dict[str, RoleSettings], **_: float) -> Iterator[Roles]:
+            fronts = {}
+            for role, (kind, worker) in KINDS.items():
+
+                def spawn(
+                    rank: int, own: RoleSettings, role: str = role, worker: type = worker
+                ) -> Any:
+                    return MortalHandle(role, worker(own), left, count)
+
+                supervisor = Supervisor(role, spawn, settings[role])
+                workers = [spawn(0, settings[role])]
+                fronts[role] = kind(workers, deadline_s=60, supervisor=supervisor)
+            roles = Roles(**fronts)  # type: ignore[arg-type]
+            wait_all(*[group.start() for group in roles.groups])
+            yield roles
+
+        monkeypatch.setattr(ppo, "launch", launch)
+        monkeypatch.setattr(ppo, "cluster_nodes", lambda: [{"CPU": 8.0}])
+        monkeypatch.setattr(ppo.session, "connect", lambda recipe: None)
+        monkeypatch.setattr(ppo.session, "require", lambda *args, **keys: None)
+        final = ppo.train_ppo(
+            parse(
+                {
+                    "name": "x",
+                    "run_dir": str(folder),
+                    "model": {"path": str(tiny_model), "max_length": 64},
+                    "ppo": {
+                        "prompts": str(folder / "prompts.jsonl"),
+                        "steps": 5,
+                        "batch_size": 8,
+                        "max_response_tokens": 4,
+                        "save_every": 2,
+                        "kl_target": 0.1,
+                        "kl_horizon": 200,
+                        "actor": {"learning_rate": 1e-3},
+                        "critic": {"learning_rate": 1e-3},
+                        **keys,
+                    },
+                }
+            )
+        )
+        assert is_complete(final)
+        assert not left, "it never came to these calls"
+        return read_jsonl(folder / "ppo" / "metrics.jsonl")
+
+    return run
+
+
+def undisturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the metrics without what depends on the clock or counts deaths."""
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time", "restarts/")) and name != "rollout/tokens_per_s"
+        }
+        for row in rows
+    ]
+
+
+def test_a_run_survives_its_workers(
+    run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run("whole")
+    assert {row[f"restarts/{role}"] for row in whole for role in KINDS} == {0.0}
+    capsys.readouterr()
+
+    replaced = run(
+        "replaced",
+        ("rollout", "generate", 2),
+        ("rollout", "load_weights", 6),
+        ("reference", "log_probs", 3),
+        ("reward", "score", 3),
+        ("reward", "score", 4),
+    )
+    assert undisturbed(replaced) == undisturbed(whole)
+    counts = [[row[f"restarts/{role}"] for row in replaced] for role in KINDS]
+    assert counts[:2] == [[0.0] * 5] * 2
+    assert counts[2:] == [[0, 0, 1, 1, 1], [0, 0, 2, 2, 2], [0, 1, 1, 2, 2]]
+    said = capsys.readouterr().out
+    assert said.count("its successor does it again") == 5 and "back to" not in said
+
+
+def test_a_lost_learner_goes_back_to_a_checkpoint(
+    run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = undisturbed(run("whole"))
+    deaths: dict[Death, int] = {
+        ("critic", "values", 1): 0,
+        ("actor", "weights", 3): 0,  # once before the first step
+        ("actor", "save", 2): 2,
+        ("critic", "save", 1): 0,
+        ("critic", "update", 5): 4,
+        ("actor", "export", 1): 5,
+    }
+    for number, (death, back) in enumerate(deaths.items()):
+        capsys.readouterr()
+        rows = run(f"lost-{number}", death)
+        assert undisturbed(rows) == whole, death
+        assert rows[-1][f"restarts/{death[0]}"] == (death[1] != "export")
+        assert f"ppo: back to step {back}: " in capsys.readouterr().out
+
+
+def test_learners_that_die_while_they_go_back_start_once_more(
+    run: Callable[..., list[dict[str, Any]]],
+) -> None:
+    rows = run("lost", ("actor", "update", 3), ("critic", "start", 2), ("critic", "start", 3))
+    assert undisturbed(rows) == undisturbed(run("whole"))
+    assert (rows[-1]["restarts/actor"], rows[-1]["restarts/critic"]) == (1, 2)
+
+
+def test_too_many_deaths_end_the_run_and_keep_its_checkpoint(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    deaths = [("actor", "update", number) for number in (3, 4)]
+    with pytest.raises(RuntimeError, match=r"actor\.update: worker 0 died, after 1 restart"):
+        run("lost", *deaths, max_restarts=1)
+    assert is_complete(tmp_path / "lost" / "ppo" / "checkpoints" / "step-00000002")
+    assert undisturbed(run("lost")) == undisturbed(run("whole"))
