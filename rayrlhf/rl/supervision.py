@@ -157,6 +157,7 @@ class Supervisor:
 
 
 def reason(error: Exception) -> str:
-    """Return why a worker died, in one line: the last of what Ray says."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[-1], width=200, placeholder=" ...")
+    """Return why a worker died, in one line: after Ray's heading and indented details."""
+    lines = [line for line in str(error).splitlines() if line.strip() and line[0] != "\t"]
+    text = lines[1:2] or lines or [type(error).__name__]
+    return textwrap.shorten(text[0], width=300, placeholder=" ...")

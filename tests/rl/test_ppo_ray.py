@@ -81,11 +81,12 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the metrics without what depends on the clock, or on a machine without memory left."""
     return [
         {
             name: value
             for name, value in row.items()
-            if not name.startswith("time") and name != "rollout/tokens_per_s"
+            if not name.startswith(("time", "restarts/")) and name != "rollout/tokens_per_s"
         }
         for row in rows
     ]

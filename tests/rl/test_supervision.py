@@ -278,8 +278,8 @@ def test_the_deadline_of_a_repeated_call_begins_anew(
 
 
 def test_a_reason_is_one_line() -> None:
-    assert (
-        reason(RuntimeError("first\n\tclass_name: X\nkilled by SIGKILL\n")) == "killed by SIGKILL"
-    )
+    said = "The actor died unexpectedly.\n\tclass_name: X\n\tpid: 3\nIts node is lost.\nSee the docs.\n"
+    assert reason(RuntimeError(said)) == "Its node is lost."
+    assert reason(RuntimeError("no memory left")) == "no memory left"
     assert reason(RuntimeError()) == "RuntimeError"
-    assert len(reason(RuntimeError("word " * 200))) <= 200
+    assert len(reason(RuntimeError("word " * 200))) <= 300
