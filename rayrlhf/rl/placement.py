@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf import console, session
-from rayrlhf.config import ROLES, Recipe, RecipeError, Role
+from rayrlhf.config import Recipe, RecipeError, Role
 from rayrlhf.rl import groups
 from rayrlhf.rl.groups import (
     ActorGroup,

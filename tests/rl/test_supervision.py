@@ -278,7 +278,7 @@ def test_the_deadline_of_a_repeated_call_begins_anew(
 
 
 def test_a_reason_is_one_line() -> None:
-    said = "The actor died unexpectedly.\n\tclass_name: X\n\tpid: 3\nIts node is lost.\nSee the docs.\n"
+    said = "The actor died unexpectedly.\n\tclass_name: X\n\tpid: 3\nIts node is lost.\nSee docs.\n"
     assert reason(RuntimeError(said)) == "Its node is lost."
     assert reason(RuntimeError("no memory left")) == "no memory left"
     assert reason(RuntimeError()) == "RuntimeError"
