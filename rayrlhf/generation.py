@@ -127,6 +127,16 @@ class Engine:
         ]
         return Completion(token_ids, log_probs, output.finish_reason, self.weight_version)
 
+    @property
+    def dtype(self) -> str:
+        """What the model computes in: float32, bfloat16."""
+        return str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values of prompts; raises RuntimeError while a request is running."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> int:
         """Replace all weights (Hugging Face names; tensors or NumPy arrays) and return `version`.
 
@@ -149,8 +159,7 @@ class Engine:
         # On CPU a tied head is a repacked copy of the embedding, and stays old unless it is sent.
         ordered += [(name, tensors[source]) for name, source in self._tied.items()]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ordered})
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+        self.reset_prefix_cache()
         self.weight_version = version
         return version
 

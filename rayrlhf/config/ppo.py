@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.gate import GateConfig, OldLogProbs
 from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rayrlhf.config.training import RoleTrainingConfig
 
@@ -71,9 +72,16 @@ class PPOConfig(Section):
     """gamma of PPO-ptx (InstructGPT eq. 2): weight of the pretraining loss in the actor's."""
     ptx_batch_size: Positive = 8
     """Rows of the corpus per minibatch of PPO-ptx."""
+    old_log_probs: OldLogProbs = "actor"
+    """Whose log-probs the ratio starts from. `actor`: the first ratio is exactly 1. `rollout`: the
+    engine's own, 1 but for rounding (1e-4 in float32), which saves a forward pass where a step has
+    several micro-batches. `auto`: the engine's where the gate's probes agree, else the actor's."""
     kl_rollout_mismatch_max: PositiveFloat = 1e-3
     """Largest mean |log-prob of the engine - of the learner| per token, nats; beyond it the run
-    stops. float32 gives below 1e-4; bfloat16 needs about 0.1."""
+    stops and says why. float32 gives below 1e-4; bfloat16 needs about 0.1, or `old_log_probs:
+    auto`."""
+    gate: GateConfig = GateConfig()
+    """Probes that compare engine and learner."""
     rollout_memory_gib: PositiveFloat = 0.25
     """KV cache of one engine on CPU, GiB."""
     profile: bool = False

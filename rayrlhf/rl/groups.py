@@ -77,9 +77,14 @@ def nothing(_: list[Any]) -> None:
     """Gather the results of calls that return none."""
 
 
+def known(value: T) -> Pending[T]:
+    """Return a call that is done, and gives `value`."""
+    return Pending("", "", [], lambda _: value, 0.0)
+
+
 def absent() -> Pending[None]:
     """Return a call on a role that this learner does not have: it is done, and gives None."""
-    return Pending("", "", [], lambda _: None, 0.0)
+    return known(None)
 
 
 def share(value: Rollout | Experience) -> Ref:
@@ -282,6 +287,12 @@ class ActorGroup(TrainedGroup):
 
         return self._all("log_probs", lambda worker: worker.log_probs.remote(rollout, step), gather)
 
+    def probe(self, rollout: Ref, temperature: float) -> Pending[Tensor]:
+        """Return log-probs (N,) of a shared rollout of any size, at any temperature."""
+        return self._all(
+            "probe", lambda worker: worker.probe.remote(rollout, temperature), scatter_rows
+        )
+
     def weights(self) -> Pending[Ref]:
         """Return a reference to all weights, {name: float32 array}, which stay where they are."""
         found: list[Ref] = []
@@ -346,6 +357,26 @@ class RolloutGroup(Group):
         shares = torch.arange(len(prompts)).tensor_split(len(self.seats))
         work = {rank: submit(part.tolist()) for rank, part in enumerate(shares) if len(part)}
         return self._each("generate", work, Rollout.join)
+
+    def probe(self, prompts: list[list[int]], temperature: float) -> Pending[Rollout]:
+        """Let every engine answer every prompt; 0 is greedy."""
+        return self._all(
+            "probe", lambda worker: worker.probe.remote(prompts, temperature), Rollout.join
+        )
+
+    def reset_prefix_cache(self) -> Pending[None]:
+        """Let every engine forget what it knows of prompts."""
+        return self._all(
+            "reset_prefix_cache", lambda worker: worker.reset_prefix_cache.remote(), nothing
+        )
+
+    def dtypes(self) -> Pending[str]:
+        """Return what the engines compute in."""
+        return self._all(
+            "dtype",
+            lambda worker: worker.dtype.remote(),
+            lambda found: ", ".join(dict.fromkeys(found)),
+        )
 
     def load_weights(self, weights: Ref, version: int) -> Pending[list[int]]:
         """Replace the weights of every engine; returns the version that each acknowledges.

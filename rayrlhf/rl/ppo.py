@@ -8,15 +8,15 @@
 
 GRPO, RLOO and REINFORCE++ are the same loop with another step 3 and without a critic.
 Shapes: B responses, T response tokens, right-padded; N response tokens of all rows, flat.
-Departures from InstructGPT: old log-probs are the learner's, on its own micro-batches, and the
-engine's only check them; the value function may be warmed up alone; beta may be adaptive.
+Departures from InstructGPT: old log-probs are the learner's, on its own micro-batches, or the
+engine's where the two agree (gate.py); the value function may be warmed up alone; beta may be
+adaptive.
 Source: PPO arXiv:1707.06347, GAE 1506.02438, KL controller 1909.08593, InstructGPT 2203.02155.
 """
 
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf import session
@@ -24,7 +24,7 @@ from rayrlhf.config import PPOConfig, Recipe, RecipeError
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.credit import Evaluation, assign_credit
-from rayrlhf.rl.experience import Rollout
+from rayrlhf.rl.gate import Gate
 from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.profile import Profile
@@ -99,23 +99,26 @@ def optimize(
 ) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     sync_weights(roles.actor, roles.rollout, version=state.version)
+    gate = Gate(cfg, roles, prompts)
     profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
         with timer("step"):
+            with timer("probe"):  # engine and learner agree, or the run ends here
+                probed = gate.probe(step, state.version)
+
             with timer("rollout"):  # 1. on-policy by construction
                 rollout = roles.rollout.generate(prompts.take(step), step).wait()
                 shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
-                (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
-                    roles.actor.log_probs(shared, step),
+                (old_log_probs, known), ref_log_probs, values, scores = wait_all(
+                    gate.old_log_probs(rollout, shared, step),
                     roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step) if roles.critic else absent(),
                     roles.reward.score(shared),
-                )
-                mismatch = check_mismatch(old_log_probs, rollout, cfg)  # 3 x (N,), (B,)
+                )  # 3 x (N,), (B,)
 
             credit = assign_credit(  # 3. (B, T) inside
                 cfg,
@@ -141,36 +144,19 @@ def optimize(
 
         metrics = {
             **credit.metrics,
-            "kl/rollout_mismatch": mismatch,
-            "policy/entropy": entropy,
             "weights/version": state.version,
             **roles.restarts(),
             **NOT_UPDATED,
+            **known,
+            **probed,
             **rollout_metrics(rollout, timer),
             **timer.seconds,
         }
         for part in losses:
-            metrics |= part
+            metrics |= gate.watch(part)
         log.log(state.step, metrics)
         profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):
             log_samples(log, state.step, rollout, scores, tokenizer)
         if is_due(state.step, cfg.save_every, cfg.steps):
             save(cfg, roles, state, log.dir)
-
-
-def check_mismatch(log_probs: Tensor, rollout: Rollout, cfg: PPOConfig) -> float:
-    """Return mean |log-prob of the engine - of the learner|, nats per token.
-
-    Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`: what was sampled would not be what is
-    learned from.
-    """
-    mismatch = float((log_probs - rollout.log_probs).abs().mean())
-    if not mismatch <= cfg.kl_rollout_mismatch_max:
-        raise RuntimeError(
-            f"kl/rollout_mismatch={mismatch:.3g} nats per token is beyond "
-            f"ppo.kl_rollout_mismatch_max={cfg.kl_rollout_mismatch_max:g}: the engine samples from "
-            "another distribution than the actor learns on. Set ppo.actor.precision=float32, or, "
-            "with bfloat16, ppo.kl_rollout_mismatch_max=0.1"
-        )
-    return mismatch

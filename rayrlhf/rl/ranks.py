@@ -155,6 +155,8 @@ class TrainedWorker(ModelWorker, ABC):
     _store: dist.TCPStore | None = None
     _kept: tuple[int, list[int], Any] | None = None
     """Step, rows and outputs of the forward pass whose graph waits for `update`."""
+    evaluated = -1
+    """The step whose rollout was evaluated last."""
 
     def address(self) -> tuple[str, int]:
         """Open the meeting point of the ranks (rank 0 only); returns host and port."""
@@ -226,7 +228,7 @@ class TrainedWorker(ModelWorker, ABC):
         that `update` starts from, so that its forward pass serves both. One micro-batch's graph is
         what training needs memory for anyway. It comes last, next to its backward pass.
         """
-        self._kept = None
+        self._kept, self.evaluated = None, step
         groups = [
             group
             for _, part in self.minibatches_of(reader.rollout, step, epoch=0)

@@ -17,10 +17,13 @@ NOT_UPDATED = dict.fromkeys(
         "policy/approx_kl",
         "policy/first_ratio",
         "policy/first_clip_fraction",
+        "policy/entropy",
+        "kl/rollout_mismatch",
     ),
     math.nan,
 )
-"""Of a step that warms up the critic alone; the log has them as null."""
+"""Of a step that warms up the critic alone; the log has them as null. The last two are known where
+the actor evaluates the rollout."""
 
 
 def rollout_metrics(rollout: Rollout, timer: Timer) -> dict[str, float]:

@@ -11,6 +11,9 @@ from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.ranks import Worker
 from rayrlhf.training.flops import ModelFlops, model_flops
 
+PROBE_TOKENS = 16
+"""Longest answer to a prompt of a probe (gate.py)."""
+
 
 class RolloutWorker(Worker):
     """One engine."""
@@ -63,6 +66,24 @@ class RolloutWorker(Worker):
                 )
             )
         return rollout
+
+    def probe(self, prompts: list[list[int]], temperature: float) -> Rollout:
+        """Answer each prompt once, the same at every call; 0 is greedy."""
+        completions = self.engine.generate(
+            prompts,
+            max_tokens=min(PROBE_TOKENS, self.cfg.max_response_tokens),
+            temperature=temperature,
+            seeds=[request_seed(self.settings.seed, -1, i, 0) for i in range(len(prompts))],
+        )
+        return Rollout.from_completions(prompts, completions)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values of prompts."""
+        self.engine.reset_prefix_cache()
+
+    def dtype(self) -> str:
+        """Return what the engine computes in."""
+        return self.engine.dtype
 
     @timed
     def load_weights(self, weights: dict[str, npt.NDArray[np.float32]], version: int) -> int:

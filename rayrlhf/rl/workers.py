@@ -146,20 +146,25 @@ class ActorWorker(TrainedWorker):
 
     @timed
     def update(self, experience: Experience, step: int) -> dict[str, float]:
-        """K epochs of clipped-policy SGD; returns token-weighted means over all ranks."""
+        """K epochs of clipped-policy SGD; returns token-weighted means over all ranks.
+
+        Entropy and mismatch are those of the first epoch and minibatch where `log_probs` did not
+        find them before, because the old log-probs are the engine's.
+        """
         reader = RowReader(experience.rollout, pad_id=self.settings.pad_id)
         sums: dict[str, float] = {}
         first: dict[str, float] = {}
         total = number = 0
         num_responses = len(experience) // self.cfg.num_minibatches
         for epoch in range(self.cfg.epochs):
+            is_new = epoch == 0 and self.evaluated != step
             for num_tokens, groups in self.minibatches_of(experience.rollout, step, epoch):
-                largest = 0.0
+                largest = distance = 0.0
                 for position, group in enumerate(groups):
                     micro = reader.tokens(group).to(self.device)
                     old = reader.floats(experience.old_log_probs, group).to(self.device)
                     advantages = reader.floats(experience.advantages, group).to(self.device)
-                    log_probs, _ = self.kept_or_new(micro, step, with_metrics=False)
+                    log_probs, entropy = self.kept_or_new(micro, step, with_metrics=is_new)
                     weights = loss_weights(self.cfg, micro.mask, num_tokens, num_responses)
                     loss_sum, metrics = ppo_policy_loss(  # (b, T) each
                         log_probs, old, weights * advantages, micro.mask, clip=self.cfg.clip
@@ -173,8 +178,12 @@ class ActorWorker(TrainedWorker):
                         is_last=self.corpus is None and position == len(groups) - 1,
                     )
                     add(sums, metrics)
-                    gap = (((log_probs.detach() - old).exp() - 1) * micro.mask).abs().max()
-                    largest = max(largest, float(gap))
+                    if is_new:
+                        found = (entropy * micro.mask).sum() * self.cfg.epochs  # of the first only
+                        add(sums, {"policy/entropy": found})
+                    log_ratio = (log_probs.detach() - old) * micro.mask
+                    largest = max(largest, float((log_ratio.exp() - 1).abs().max()))
+                    distance += float(log_ratio.abs().sum())
                 if self.corpus is not None:
                     add(sums, self._ptx(self.corpus, step * self._updates + number))
                 stats = self.backend.step()  # clip, AdamW, schedule
@@ -185,6 +194,9 @@ class ActorWorker(TrainedWorker):
                         "policy/first_ratio": 1 + self.backend.global_max(largest),
                         "policy/first_clip_fraction": clipped / num_tokens,
                     }
+                    if is_new:
+                        distance = self.backend.global_sum(distance)
+                        first["kl/rollout_mismatch"] = distance / num_tokens
         reduced = self.reduce(sums)
         if "ptx/loss" in reduced:
             reduced["ptx/loss"] *= total / reduced.pop("ptx/num_tokens")
@@ -252,6 +264,24 @@ class ActorWorker(TrainedWorker):
             sums["ptx/loss"] += metrics["loss"].cpu()
             sums["ptx/num_tokens"] += mask.sum().cpu()
         return sums
+
+    @torch.no_grad()
+    def probe(self, rollout: Rollout, temperature: float) -> Rows:
+        """Return log-probs of the response tokens of this rank's rows, nats, at any temperature."""
+        reader = RowReader(rollout, pad_id=self.settings.pad_id)
+        indices: list[int] = []
+        rows: list[Tensor] = []
+        for group in rank_microbatches(
+            range(len(rollout)),
+            rollout.lengths,
+            world_size=self.settings.world_size,
+            tokens_per_microbatch=self.training.tokens_per_microbatch,
+        )[self.settings.rank]:
+            micro = reader.tokens(group).to(self.device)
+            log_probs = response_log_probs(self.backend, micro, temperature)
+            indices += group
+            rows += unpadded(log_probs, micro.mask)[: len(group)]
+        return indices, rows
 
     @timed
     def weights(self) -> tuple[bool, dict[str, npt.NDArray[np.float32]] | None]:

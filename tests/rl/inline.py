@@ -79,6 +79,7 @@ class SmallEngine:
     def __init__(self, path: str) -> None:
         self.model = load_causal_lm(path)
         self.weight_version = 0
+        self.calls = 0
 
     @torch.no_grad()
     def generate(
@@ -89,15 +90,17 @@ class SmallEngine:
         temperature: float,
         seeds: Sequence[int],
     ) -> list[Completion]:
+        self.calls += 1
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rows = torch.tensor(prompts)  # prompts of one length only
         log_probs, tokens = [], []
         for _ in range(max_tokens):
-            logits = self.model(rows).logits[:, -1] / temperature
-            dist = logits.log_softmax(dim=-1)
+            dist = self.distribution(rows, temperature or 1.0)
             chosen = torch.stack(
                 [
                     torch.multinomial(row.exp(), 1, generator=g)
+                    if temperature
+                    else row.argmax(keepdim=True)
                     for row, g in zip(dist, generators, strict=True)
                 ]
             )
@@ -114,6 +117,18 @@ class SmallEngine:
                 )
             )
         return completions
+
+    def distribution(self, rows: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Return the log-probs (b, V) of the next token."""
+        logits = self.model(rows).logits[:, -1].float() / temperature
+        return logits.log_softmax(dim=-1)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def reset_prefix_cache(self) -> None:
+        """It has none."""
 
     def load_weights(self, weights: Any, version: int) -> int:
         state = {name: torch.as_tensor(value).clone() for name, value in weights}

@@ -1,0 +1,190 @@
+"""Whether the engines sample from what the learner trains, and whose old log-probs to take.
+
+A probe lets every engine answer a few fixed prompts, greedily and by sampling, and compares the
+log-probs that it reports with the learner's. Beyond `ppo.kl_rollout_mismatch_max` the run stops,
+after experiments that find out which of these is wrong:
+
+    prefix cache   keys and values of old weights: the gap is gone when the cache is
+    weights        an engine has others than the learner: the gap is gone when they are sent again
+    temperature    greedy answers agree, and the sampled ones do at another temperature
+    top-p          greedy answers agree, and the engine's sampled tokens are all the likelier: it
+                   leaves out part of the distribution (top-p, top-k, min-p)
+    dtype          none of these: engine and learner round differently
+
+Old log-probs are the learner's with `ppo.old_log_probs: actor`, whose first ratio is exactly 1.
+With `rollout` they are the engine's, which saves a forward pass where a step has several
+micro-batches; the first ratio is then 1 but for rounding. `auto` takes the engine's while the
+probes agree to `ppo.gate.rollout_max`, and the learner's otherwise, also where a wrong dtype would
+have ended the run.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from rayrlhf import console
+from rayrlhf.config import PPOConfig
+from rayrlhf.data.encoded import token_counts
+from rayrlhf.rl.experience import Rollout
+from rayrlhf.rl.groups import Pending, known, share
+from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.supervision import Ref
+from rayrlhf.rl.weight_sync import sync_weights
+
+TEMPERATURES = [2 ** (exponent / 8) for exponent in range(-24, 17)]
+"""1/8 to 4, tried beside 1 when the engine seems to sample at another temperature."""
+Evaluated = tuple[Tensor, dict[str, float]]
+"""Old log-probs (N,), and what is known of entropy and mismatch before the update."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Log-probs of the probe's tokens, flat, nats."""
+
+    engine: Tensor
+    learner: Tensor
+
+    @property
+    def gap(self) -> float:
+        """Mean |log-prob of the engine - of the learner| per token."""
+        return float((self.engine - self.learner).abs().mean())
+
+
+class Gate:
+    """Compares the engines with the learner at start and every `ppo.gate.every` steps."""
+
+    def __init__(self, cfg: PPOConfig, roles: Roles, prompts: Prompts) -> None:
+        self.cfg, self.roles = cfg, roles
+        lengths = token_counts(prompts.ids)
+        longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        self.prompts = [prompts.ids[index] for index in longest[: cfg.gate.num_prompts]]
+        self.takes_rollout = cfg.old_log_probs == "rollout"
+        self._tolerates = False
+        self._probed = False
+
+    def probe(self, step: int, version: int) -> dict[str, float]:
+        """Probe when it is due, while the engines have the weights `version`; returns metrics.
+
+        A run that resumes probes, too, and says so only where an uninterrupted one would. Raises
+        RuntimeError, with what is wrong, beyond `ppo.kl_rollout_mismatch_max`.
+        """
+        is_due = step % self.cfg.gate.every == 0
+        if self._probed and not is_due:
+            return {}
+        self._probed = True
+        greedy, sampled = self._measure(0.0), self._measure(self.cfg.temperature)
+        worst = max(greedy.gap, sampled.gap)
+        if self.cfg.old_log_probs == "auto":
+            self.takes_rollout = worst <= self.cfg.gate.rollout_max
+        if not worst <= self.cfg.kl_rollout_mismatch_max:
+            self._judge(greedy, sampled, version)
+        return {"gate/greedy": greedy.gap, "gate/sampled": sampled.gap} if is_due else {}
+
+    def old_log_probs(self, rollout: Rollout, shared: Ref, step: int) -> Pending[Evaluated]:
+        """Start to evaluate log pi_old (N,) of a rollout of the weights that learn from it."""
+        if self.takes_rollout:
+            return known((rollout.log_probs, {}))
+        pending: Pending[Any] = self.roles.actor.log_probs(shared, step)
+
+        def gather(parts: list[Any]) -> Evaluated:
+            log_probs, entropy = pending.gather(parts)
+            mismatch = self.check(log_probs, rollout.log_probs)
+            return log_probs, {"policy/entropy": entropy, "kl/rollout_mismatch": mismatch}
+
+        return replace(pending, gather=gather)
+
+    def check(self, log_probs: Tensor, rollout_log_probs: Tensor) -> float:
+        """Return mean |log-prob of the engine - of the learner|, nats per token; NaN for no token.
+
+        Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`, unless a probe found that rounding
+        is why.
+        """
+        if not len(log_probs):
+            return math.nan
+        return self._allow(float((log_probs - rollout_log_probs).abs().mean()))
+
+    def watch(self, update: dict[str, float]) -> dict[str, float]:
+        """Return the metrics of an update; raises as `check` for a mismatch that it met."""
+        if "kl/rollout_mismatch" in update:
+            self._allow(update["kl/rollout_mismatch"])
+        return update
+
+    def _allow(self, mismatch: float) -> float:
+        if not self._tolerates and not mismatch <= self.cfg.kl_rollout_mismatch_max:
+            raise RuntimeError(too_large(mismatch, self.cfg))
+        return mismatch
+
+    def _measure(self, temperature: float) -> Probe:
+        """Let every engine answer the prompts, and the learner say how likely that was."""
+        rollout = self.roles.rollout.probe(self.prompts, temperature).wait()
+        return Probe(rollout.log_probs, self._learner(rollout, temperature or 1.0))
+
+    def _learner(self, rollout: Rollout, temperature: float) -> Tensor:
+        return self.roles.actor.probe(share(rollout), temperature).wait()
+
+    def _judge(self, greedy: Probe, sampled: Probe, version: int) -> None:
+        """Stop the run with the reason, or go on where `auto` computes around it."""
+        what, fix = self._cause(greedy, sampled, version)
+        worst = max(greedy.gap, sampled.gap)
+        self._tolerates = what.startswith("dtype") and self.cfg.old_log_probs == "auto"
+        if not self._tolerates:
+            raise RuntimeError(f"{too_large(worst, self.cfg)}. Probes say {what}: {fix}")
+        console.say(
+            f"ppo: engine and actor differ by {worst:.3g} nats per token ({what}): old log-probs "
+            "are the actor's (ppo.old_log_probs=auto)"
+        )
+
+    def _cause(self, greedy: Probe, sampled: Probe, version: int) -> tuple[str, str]:
+        """Find out what is wrong, by what makes it right; returns that and what to do."""
+        if not self._agrees(greedy):
+            self.roles.rollout.reset_prefix_cache().wait()
+            if self._agrees(self._measure(0.0)):
+                return "a stale prefix cache", "it must be reset when weights are loaded"
+            sync_weights(self.roles.actor, self.roles.rollout, version=version)
+            if self._agrees(self._measure(0.0)):
+                return "weights of another version in an engine", "see the log of the engines"
+        elif cause := self._cause_of_sampling(sampled):
+            return cause
+        engine, learner = self.roles.rollout.dtypes().wait(), self.cfg.actor.precision
+        return (
+            f"dtype: the engines compute in {engine}, the actor in {learner}",
+            "set ppo.actor.precision=float32, or with bfloat16 ppo.old_log_probs=auto or "
+            "ppo.kl_rollout_mismatch_max=0.1",
+        )
+
+    def _cause_of_sampling(self, sampled: Probe) -> tuple[str, str] | None:
+        wanted = self.cfg.temperature
+        rollout = self.roles.rollout.probe(self.prompts, wanted).wait()
+        gaps = {
+            temperature: Probe(rollout.log_probs, self._learner(rollout, temperature)).gap
+            for temperature in TEMPERATURES
+        }
+        best = min(gaps, key=lambda temperature: gaps[temperature])
+        if gaps[best] < sampled.gap / 4 and abs(best / wanted - 1) > 1e-3:
+            return (
+                f"temperature: the engine's log-probs are those of {best:.2g}, not of {wanted:g}",
+                "it must sample at ppo.temperature and report log-probs after it",
+            )
+        kept = sampled.learner - sampled.engine  # log of what the engine kept, at each token
+        if float(kept.max()) <= self.cfg.kl_rollout_mismatch_max:
+            return (
+                f"top-p, top-k or min-p: the engine keeps {math.exp(float(kept.mean())):.0%} of "
+                "the distribution",
+                "it must sample from all of it",
+            )
+        return None
+
+    def _agrees(self, probe: Probe) -> bool:
+        return probe.gap <= self.cfg.kl_rollout_mismatch_max
+
+
+def too_large(mismatch: float, cfg: PPOConfig) -> str:
+    """Return what is to say of a mismatch beyond its bound."""
+    return (
+        f"kl/rollout_mismatch={mismatch:.3g} nats per token is beyond "
+        f"ppo.kl_rollout_mismatch_max={cfg.kl_rollout_mismatch_max:g}: the engine samples from "
+        "another distribution than the actor learns on"
+    )
