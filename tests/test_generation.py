@@ -27,7 +27,7 @@ long = [[40 + i * i % 7 for i in range(290)]]
 long_greedy = dict(max_tokens=8, temperature=0.0, seeds=[0])
 
 def plain(completions):
-    return [(c.token_ids, c.log_probs, c.finish_reason, c.weight_version) for c in completions]
+    return [(c.token_ids, c.log_probs, c.finish_reason, c.weight_versions) for c in completions]
 
 def gap(path, completions, temperature):
     model, worst = CausalLMModel(load_causal_lm(path)), 0.0
@@ -50,7 +50,7 @@ spread = engine.generate([[40]] * 400, max_tokens=1, temperature=1.0, seeds=list
 out["first_tokens"] = len({c.token_ids[0] for c in spread})
 out["gap_1.0"] = gap(folder, first, 1.0)
 out["gap_0.6"] = gap(folder, engine.generate(prompts, temperature=0.6, **sampled), 0.6)
-out["version_0"] = first[0].weight_version
+out["version_0"] = first[0].weight_versions[0]
 engine.generate(long, **long_greedy)
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
@@ -81,7 +81,7 @@ out["stopped"] = len(stopped)
 out["stop_is_eos"] = all(c.token_ids[-1] == engine.eos_token_id and
                          engine.eos_token_id not in c.token_ids[:-1] for c in stopped)
 fresh = Engine(changed, **options)
-fresh.weight_version = 2
+fresh._llm.llm_engine.set_weight_version("2")
 out["fresh_long"] = synced[0] == plain(fresh.generate(long, **long_greedy))
 out["fresh"] = synced[1:] == [plain(fresh.generate(prompts, **greedy)),
                               plain(fresh.generate(prompts, temperature=1.0, **sampled))]

@@ -4,12 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.asynchrony import AsynchronyConfig
 from rayrlhf.config.gate import GateConfig, OldLogProbs
-from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat
 from rayrlhf.config.training import RoleTrainingConfig
 
 
-class PPOConfig(Section):
+class PPOConfig(AsynchronyConfig):
     """PPO with five roles; the defaults are those of InstructGPT appendix C.4 where it has one."""
 
     prompts: str

@@ -166,6 +166,13 @@ class Recipe(Section):
                     f"resources.{role}.num_workers={ranks}: change ppo.batch_size or "
                     "ppo.num_minibatches"
                 )
+        engines = self.resources.rollout.num_workers
+        if ppo.stale == "drop" and ppo.batch_size % engines:
+            raise ValueError(
+                f"ppo.stale=drop learns from whole parts of a batch, and ppo.batch_size="
+                f"{ppo.batch_size} does not divide over resources.rollout.num_workers={engines}: "
+                "change one of the two, or set ppo.stale=wait"
+            )
         head_size = self.model.hidden_size // self.model.num_heads
         on_cpu = self.resources.rollout.gpus == 0
         if on_cpu and self.model.path is None and head_size not in HEAD_SIZES:

@@ -43,7 +43,9 @@ class Rollout:
     truncated: Tensor
     """(B,) bool: the engine stopped for length, by its finish_reason and nothing else."""
     weight_versions: Tensor
-    """(B,) int64: version of the weights that generated the row."""
+    """(B,) int64: version of the weights that generated the row's first token, the oldest."""
+    last_versions: Tensor
+    """(B,) int64: of its last token; later where new weights came while it was generated."""
 
     @classmethod
     def from_completions(
@@ -61,7 +63,8 @@ class Rollout:
             response_lengths=torch.tensor([len(c.token_ids) for c in completions]),
             log_probs=torch.tensor([value for c in completions for value in c.log_probs]),
             truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
-            weight_versions=torch.tensor([c.weight_version for c in completions]),
+            weight_versions=torch.tensor([c.weight_versions[0] for c in completions]),
+            last_versions=torch.tensor([c.weight_versions[-1] for c in completions]),
         )
 
     @classmethod

@@ -26,6 +26,8 @@ from rayrlhf.rl.supervision import DEATHS, Call, Handle, Ref, Seat, Supervisor
 T = TypeVar("T")
 Submit = Callable[[Handle], Ref]
 """Starts a call on a worker."""
+WEIGHTS = "weights"
+"""Group of threads of an engine that takes weights beside what it generates."""
 LINE_EVERY_S = 30.0
 """Seconds between the lines that say what a long wait is for."""
 NEIGHBOUR_S = 10.0
@@ -47,6 +49,16 @@ class Pending(Generic[T]):
     """What a worker's death means: it returns when the call is being done again, or raises."""
     is_collective: bool = False
     """Whether one rank's death makes calls of the others fail, too."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every answer was taken in."""
+        return all(call.is_done for call in self.calls)
+
+    def count_from_now(self) -> None:
+        """Let the deadline count from now: the workers had other calls to do before."""
+        for call in self.calls:
+            call.started = time.monotonic()
 
     def open_calls(self) -> list[Call]:
         """Return what there is to wait for: also what a successor does to catch up."""
@@ -73,6 +85,15 @@ def wait_all(*pending: Pending[Any]) -> list[Any]:
     return [each.gather([call.result for call in each.calls]) for each in pending]
 
 
+def wait_any(*pending: Pending[Any]) -> None:
+    """Take in what is there, and wait if it is none of the calls; raises as `wait_all` does."""
+    waiting = _waiting(pending)
+    if waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        _take_in_all(waiting, ready)
+    _finish(pending, is_enough=lambda: any(each.is_done for each in pending))
+
+
 def nothing(_: list[Any]) -> None:
     """Gather the results of calls that return none."""
 
@@ -92,9 +113,15 @@ def share(value: Rollout | Experience) -> Ref:
     return ray.put(value)
 
 
-def _finish(pending: Sequence[Pending[Any]]) -> None:
+def _waiting(pending: Sequence[Pending[Any]]) -> dict[Ref, tuple[Pending[Any], Call]]:
+    return {call.ref: (each, call) for each in pending for call in each.open_calls()}
+
+
+def _finish(
+    pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lambda: False
+) -> None:
     next_line = time.monotonic() + LINE_EVERY_S
-    while waiting := {call.ref: (each, call) for each in pending for call in each.open_calls()}:
+    while (waiting := _waiting(pending)) and not is_enough():
         late, call = min(waiting.values(), key=lambda pair: pair[1].started + pair[0].deadline_s)
         deadline = call.started + late.deadline_s
         until = min(deadline, next_line)
@@ -106,15 +133,19 @@ def _finish(pending: Sequence[Pending[Any]]) -> None:
                 f"{late.role}.{call.name} is not done after ppo.deadline_s={late.deadline_s:g} s: "
                 f"{late.fix}, or raise ppo.deadline_s"
             )
-        for ref in ready:
-            each, call = waiting.pop(ref)
-            if call.ref is ref:  # and no successor does it again
-                _take_in(each, call)
+        _take_in_all(waiting, ready)
         now = time.monotonic()
         if waiting and now >= next_line:
             names = dict.fromkeys(f"{each.role}.{call.name}" for each, call in waiting.values())
             console.say(f"ppo: waiting for {', '.join(names)}, {deadline - now:.0f} s left")
             next_line = now + LINE_EVERY_S
+
+
+def _take_in_all(waiting: dict[Ref, tuple[Pending[Any], Call]], ready: Sequence[Ref]) -> None:
+    for ref in ready:
+        each, call = waiting.pop(ref)
+        if call.ref is ref:  # and no successor does it again
+            _take_in(each, call)
 
 
 def _take_in(pending: Pending[Any], call: Call) -> None:
@@ -378,17 +409,45 @@ class RolloutGroup(Group):
             lambda found: ", ".join(dict.fromkeys(found)),
         )
 
-    def load_weights(self, weights: Ref, version: int) -> Pending[list[int]]:
-        """Replace the weights of every engine; returns the version that each acknowledges.
+    def generate_part(
+        self, prompts: list[list[int]], step: int, *, first: int, engine: int
+    ) -> Pending[Rollout]:
+        """Let one engine sample for a part of a step's batch, from its prompt `first` on."""
+
+        def submit(worker: Handle) -> Ref:
+            return worker.generate.remote(prompts, first, step)
+
+        return self._each("generate", {engine: submit}, Rollout.join)
+
+    def load_weights(
+        self,
+        weights: Ref,
+        version: int,
+        *,
+        engines: Sequence[int] | None = None,
+        at_once: bool = False,
+    ) -> Pending[list[int]]:
+        """Replace the weights of the engines (None: all); returns the version that each has then.
 
         Each engine's seat keeps the reference: a new engine loads the same version from there.
+        `at_once` does so in the middle of what an engine generates (`ppo.interrupt`), else after.
         """
-        return self._all(
-            "load_weights",
-            lambda worker: worker.load_weights.remote(weights, version),
-            list,
-            lasting=True,
-        )
+
+        def submit(seat: Seat) -> Submit:
+            asked = seat.worker
+
+            def load(worker: Handle) -> Ref:
+                method = worker.load_weights
+                # A successor takes them in turn: before that it has no engine to load them into.
+                if at_once and worker is asked:
+                    method = method.options(concurrency_group=WEIGHTS)
+                return method.remote(weights, version)
+
+            return load
+
+        ranks = range(len(self.seats)) if engines is None else engines
+        work = {rank: submit(self.seats[rank]) for rank in ranks}
+        return self._each("load_weights", work, list, lasting=True)
 
 
 def _first(results: list[dict[str, float]]) -> dict[str, float]:

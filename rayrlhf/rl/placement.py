@@ -15,6 +15,7 @@ from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError, Role
 from rayrlhf.rl import groups
 from rayrlhf.rl.groups import (
+    WEIGHTS,
     ActorGroup,
     CriticGroup,
     Group,
@@ -193,7 +194,8 @@ class Bundles:
             host=hosts[index - rank],  # the ranks of a role follow each other
         )
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
-        remote = ray.remote(WORKERS[role]).options(
+        beside = {WEIGHTS: 1} if role == "rollout" and settings.ppo.interrupt else {}
+        remote = ray.remote(concurrency_groups=beside)(WORKERS[role]).options(
             num_cpus=place.cpus, num_gpus=place.gpus, scheduling_strategy=strategy
         )
         self._workers[index] = remote.remote(mine)

@@ -23,9 +23,11 @@ from rayrlhf import session
 from rayrlhf.config import PPOConfig, Recipe, RecipeError
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.metrics import MetricsLogger, Timer
+from rayrlhf.rl import ppo_async
 from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.gate import Gate
 from rayrlhf.rl.groups import absent, share, wait_all
+from rayrlhf.rl.off_policy import correct
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
@@ -82,7 +84,8 @@ def _run(
     with MetricsLogger(
         stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
     ) as log:
-        optimize(cfg, roles, prompts, state, log, tokenizer)
+        loop = ppo_async.optimize if cfg.max_staleness else optimize
+        loop(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)
         roles.actor.export(str(final)).wait()
         write_card(recipe, "ppo", final)
@@ -114,7 +117,7 @@ def optimize(
 
             with timer("evaluate"):  # 2. start all, then wait once
                 (old_log_probs, known), ref_log_probs, values, scores = wait_all(
-                    gate.old_log_probs(rollout, shared, step),
+                    gate.old_log_probs(rollout, shared, step, state.version),
                     roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step) if roles.critic else absent(),
                     roles.reward.score(shared),
@@ -126,13 +129,14 @@ def optimize(
                 Evaluation(old_log_probs, ref_log_probs, values, scores),
                 kl_coef=state.kl.coef,
             )
-            experience = share(credit.experience)
+            experience, importance = correct(credit.experience, cfg)  # of the engine's policy
+            shared = share(experience)
 
             is_warm = step >= cfg.critic_warmup_steps
             with timer("update"):  # 4. V must be sane first
-                updates = [roles.critic.update(experience, step)] if roles.critic else []
+                updates = [roles.critic.update(shared, step)] if roles.critic else []
                 if is_warm:
-                    updates.append(roles.actor.update(experience, step))
+                    updates.append(roles.actor.update(shared, step))
                 losses = wait_all(*updates)
 
             with timer("sync"):  # 5. no rollout on old weights
@@ -145,11 +149,12 @@ def optimize(
         metrics = {
             **credit.metrics,
             "weights/version": state.version,
+            **importance,
             **roles.restarts(),
             **NOT_UPDATED,
             **known,
             **probed,
-            **rollout_metrics(rollout, timer),
+            **rollout_metrics(rollout, timer.seconds["time/rollout_s"]),
             **timer.seconds,
         }
         for part in losses:

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf.metrics import MetricsLogger, Timer
+from rayrlhf.metrics import MetricsLogger
 from rayrlhf.rl.experience import Rollout
 
 NUM_SAMPLES = 3
@@ -26,13 +26,13 @@ NOT_UPDATED = dict.fromkeys(
 the actor evaluates the rollout."""
 
 
-def rollout_metrics(rollout: Rollout, timer: Timer) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, seconds: float) -> dict[str, float]:
     """Return lengths in tokens, the fraction of truncated responses, and tokens per second."""
     lengths = rollout.response_lengths.float()
     return {
         "rollout/response_length": float(lengths.mean()),
         "rollout/truncated_fraction": float(rollout.truncated.float().mean()),
-        "rollout/tokens_per_s": float(lengths.sum()) / timer.seconds["time/rollout_s"],
+        "rollout/tokens_per_s": float(lengths.sum()) / seconds,
     }
 
 

@@ -85,11 +85,12 @@ class Seat:
         return call
 
     def forget_what_is_past(self) -> None:
-        """Keep the calls that are not done, and of each lasting one the last that is done."""
+        """Keep the calls that are not done, and before them of each lasting one the last that is.
+
+        Weights that came in the middle of a call (`ppo.interrupt`) stand before it then.
+        """
         lasting = {each.name: each for each in self.calls if each.is_done and each.lasting}
-        self.calls = [
-            each for each in self.calls if not each.is_done or lasting.get(each.name) is each
-        ]
+        self.calls = [*lasting.values(), *(each for each in self.calls if not each.is_done)]
 
     def give_up(self) -> None:
         """Forget the calls that nobody waits for any more."""

@@ -58,8 +58,8 @@ class FakeEngine:
             tokens.append(token)
             log_probs.append(float(chances[token]))
             if token == 0:
-                return Completion(tokens, log_probs, "stop", 0)
-        return Completion(tokens, log_probs, "length", 0)
+                return Completion(tokens, log_probs, "stop", [0] * len(tokens))
+        return Completion(tokens, log_probs, "length", [0] * len(tokens))
 
 
 @pytest.fixture

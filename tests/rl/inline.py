@@ -55,7 +55,8 @@ class InlineMethod:
     def __init__(self, function: Callable[..., Any], num_returns: int = 1) -> None:
         self.function, self.num_returns = function, num_returns
 
-    def options(self, *, num_returns: int) -> "InlineMethod":
+    def options(self, *, num_returns: int = 1, concurrency_group: str = "") -> "InlineMethod":
+        del concurrency_group
         return InlineMethod(self.function, num_returns)
 
     def remote(self, *args: Any) -> Any:
@@ -113,7 +114,10 @@ class SmallEngine:
             end = row.index(EOS) + 1 if EOS in row else len(row)
             completions.append(
                 Completion(
-                    row[:end], value[:end], "stop" if EOS in row else "length", self.weight_version
+                    row[:end],
+                    value[:end],
+                    "stop" if EOS in row else "length",
+                    [self.weight_version] * end,
                 )
             )
         return completions

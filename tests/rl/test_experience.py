@@ -22,9 +22,9 @@ def rollout() -> Rollout:
     return Rollout.from_completions(
         [[4, 5], [6], [EOS, 7, 8]],
         [
-            Completion([3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0], "length", 2),
-            Completion([9, EOS], [-0.5, -0.25], "stop", 2),
-            Completion([EOS], [-0.1], "stop", 2),
+            Completion([3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0], "length", [2] * 4),
+            Completion([9, EOS], [-0.5, -0.25], "stop", [2, 3]),
+            Completion([EOS], [-0.1], "stop", [2]),
         ],
     )
 
@@ -42,7 +42,10 @@ def test_finish_reason_alone_says_truncated() -> None:
     # The longest row that ended with eos is not truncated, nor is an eos in the prompt an end.
     batch = Rollout.from_completions(
         [[EOS, 1], [1]],
-        [Completion([2], [0.0], "length", 0), Completion([2, 3, EOS], [0.0] * 3, "stop", 0)],
+        [
+            Completion([2], [0.0], "length", [0]),
+            Completion([2, 3, EOS], [0.0] * 3, "stop", [0] * 3),
+        ],
     )
     assert batch.truncated.tolist() == [True, False]
 

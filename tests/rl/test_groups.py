@@ -159,7 +159,7 @@ def test_prompts_are_dealt_to_engines_in_order(inline_ray: None) -> None:
         def generate(self, prompts: list[list[int]], first: int, step: int) -> Any:
             calls.append((len(prompts), first))
             raise_free = torch.tensor([1])
-            return groups.Rollout(*[raise_free] * 7)
+            return groups.Rollout(*[raise_free] * 8)
 
     rollout = RolloutGroup([InlineHandle(Recorder()) for _ in range(3)], deadline_s=1)
     rollout.generate([[1]] * 7, 0).wait()
