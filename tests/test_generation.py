@@ -11,7 +11,7 @@ from tests.rl.inline import engine_model
 from tests.scripts import result_of
 
 SCRIPT = """
-import json, sys
+import json, sys, threading, time
 import torch
 from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import load_causal_lm, named_weights, CausalLMModel
@@ -85,6 +85,36 @@ fresh._llm.llm_engine.set_weight_version("2")
 out["fresh_long"] = synced[0] == plain(fresh.generate(long, **long_greedy))
 out["fresh"] = synced[1:] == [plain(fresh.generate(prompts, **greedy)),
                               plain(fresh.generate(prompts, temperature=1.0, **sampled))]
+
+# New weights in the middle of responses: they come from another thread, at the tenth step.
+old = CausalLMModel(load_causal_lm(folder))
+engine.load_weights([(name, tensor.numpy()) for name, tensor in named_weights(old)], 3)
+loader = threading.Thread(target=engine.load_weights, args=(weights, 4))
+step, steps = engine._llm.llm_engine.step, []
+def counted():
+    steps.append(1)
+    if len(steps) == 10:
+        loader.start()
+        while not engine._has_new_weights:
+            time.sleep(0.001)
+    return step()
+engine._llm.llm_engine.step = counted
+mixed = engine.generate(prompts, temperature=1.0, max_tokens=24, seeds=seeds)
+loader.join()
+worst, tokens = 0.0, {3: 0, 4: 0}
+for prompt, c in zip(prompts, mixed):
+    assert c.weight_versions == sorted(c.weight_versions)
+    for version, model in ((3, old), (4, new)):
+        mine = torch.tensor(c.weight_versions) == version
+        tokens[version] += int(mine.sum())
+        ids = torch.tensor([prompt + c.token_ids])
+        with torch.no_grad():
+            found_ = model(ids, torch.ones_like(ids), temperature=1.0)[0, len(prompt):]
+        gaps = (found_ - torch.tensor(c.log_probs)).abs()[mine]
+        worst = max([worst, *gaps.tolist()])
+out["mixed_tokens"], out["mixed_gap"] = [tokens[3], tokens[4]], worst
+out["mixed_responses"] = sum(set(c.weight_versions) == {3, 4} for c in mixed)
+out["version_after"] = engine.weight_version
 print("RESULT" + json.dumps(out))
 """
 
@@ -177,3 +207,12 @@ def test_incomplete_weights_are_refused(found: dict[str, Any]) -> None:
     assert found["incomplete"] == "weights of version 7 lack model.embed_tokens.weight"
     assert "shape" in found["misshapen"]
     assert found["kept"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_response_goes_on_under_new_weights(found: dict[str, Any]) -> None:
+    """Every token has the log-prob of the weights that sampled it, given all tokens before it."""
+    assert found["version_after"] == 4
+    assert found["mixed_responses"] >= 20
+    assert min(found["mixed_tokens"]) >= 100
+    assert found["mixed_gap"] < 1e-4
