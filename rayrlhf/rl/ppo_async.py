@@ -1,4 +1,4 @@
-"""PPO with rollouts ahead of the learner (`ppo.max_staleness`); compare with ppo.py, line by line.
+"""PPO with rollouts ahead of the learner (`ppo.max_staleness`): ppo.py, line by line, but for 1, 5.
 
     start n batches of rollouts
     repeat  1 take       y ~ pi_engine(.|x), up to n versions old     rollout (vLLM)
@@ -17,20 +17,12 @@ Source: decoupled PPO arXiv:2110.00641, AReaL 2505.24298.
 
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf.algorithms.advantages import (
-    explained_variance,
-    gae,
-    token_rewards,
-    whiten,
-)
-from rayrlhf.algorithms.kl import kl_estimate
 from rayrlhf.config import PPOConfig
 from rayrlhf.metrics import MetricsLogger, Timer
-from rayrlhf.rl.experience import Experience, flatten, pad_rows
-from rayrlhf.rl.groups import share, wait_all
+from rayrlhf.rl.credit import Evaluation, assign_credit
+from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.off_policy import check_mismatch, correct, fresh_part, staleness
 from rayrlhf.rl.placement import Roles
-from rayrlhf.rl.ppo import judge
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import State, save
@@ -54,42 +46,31 @@ def optimize(
         with timer("step"):
             with timer("rollout"):  # 1. what is not there yet is waited for
                 rollout, num_dropped = stream.take(step)
-                shared, mask = share(rollout), rollout.mask  # mask (B, T)
+                shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
                 (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
                     roles.actor.log_probs(shared, step),
                     roles.reference.log_probs(shared, step),
-                    roles.critic.values(shared, step),
+                    roles.critic.values(shared, step) if roles.critic else absent(),
                     roles.reward.score(shared),
                 )
                 fresh = fresh_part(old_log_probs, rollout, state.version)
                 mismatch = check_mismatch(*fresh, cfg)  # 3 x (N,), (B,)
                 behind = staleness(rollout, state.version)
 
-            kl = pad_rows(kl_estimate(old_log_probs, ref_log_probs), rollout.response_lengths)
-            values_BT = pad_rows(values, rollout.response_lengths)  # 3. nats (B, T); (B, T)
-            rewards = token_rewards(
-                judge(scores, rollout.truncated, cfg), kl, mask, kl_coef=state.kl.coef
-            )  # (B, T)
-            advantages, returns = gae(
-                rewards, values_BT, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda
-            )  # (B, T) each
-            if cfg.whiten_advantages:
-                advantages = whiten(advantages, mask)
-            experience = Experience(
+            credit = assign_credit(  # 3. (B, T) inside
+                cfg,
                 rollout,
-                old_log_probs=old_log_probs,
-                advantages=flatten(advantages, mask),
-                old_values=values,
-                returns=flatten(returns, mask),
+                Evaluation(old_log_probs, ref_log_probs, values, scores),
+                kl_coef=state.kl.coef,
             )
-            experience, importance = correct(experience, cfg)  # of the engine's old weights
+            experience, importance = correct(credit.experience, cfg)  # of the engine's policy
             shared = share(experience)
 
             is_warm = step >= cfg.critic_warmup_steps
             with timer("update"):  # 4. V must be sane first
-                updates = [roles.critic.update(shared, step)]
+                updates = [roles.critic.update(shared, step)] if roles.critic else []
                 if is_warm:
                     updates.append(roles.actor.update(shared, step))
                 losses = wait_all(*updates)
@@ -97,19 +78,13 @@ def optimize(
             with timer("sync"):  # 5. rollouts to come start on new weights
                 state.version += is_warm
                 stream.advance(step + 1, state.version)
-            kl_coef, kl_per_response = state.kl.coef, float(kl.sum(dim=1).mean())
-            state.kl.update(kl_per_response, num_responses=len(rollout))
+            state.kl.update(credit.kl_per_response, num_responses=len(rollout))
             state.step = step + 1
 
         metrics = {
-            "reward/score_mean": float(scores.mean()),
-            "reward/score_std": float(scores.std(correction=0)),
-            "reward/return_mean": float(rewards.sum(dim=1).mean()),
-            "kl/ref_per_response": kl_per_response,
-            "kl/coef": kl_coef,
+            **credit.metrics,
             "kl/rollout_mismatch": mismatch,
             "policy/entropy": entropy,
-            "value/explained_variance": explained_variance(values_BT, returns, mask),
             "weights/version": state.version,
             **importance,
             **NOT_UPDATED,
