@@ -23,6 +23,7 @@ from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.off_policy import check_mismatch, correct, fresh_part, staleness
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import State, save
@@ -40,6 +41,7 @@ def optimize(
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     stream = make_stream(cfg, roles, prompts)
     stream.advance(state.step, state.version)
+    profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
@@ -96,6 +98,7 @@ def optimize(
         for part in losses:
             metrics |= part
         log.log(state.step, metrics)
+        profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):
             log_samples(log, state.step, rollout, scores, tokenizer)
         if is_due(state.step, cfg.save_every, cfg.steps):

@@ -1,5 +1,7 @@
 """Rollouts that run ahead of the learner."""
 
+import difflib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     saved = tmp_path / "run" / "checkpoints" / "step-00000003" / "training_state"
     assert json.loads((saved / "controller.json").read_text())["step"] == 3
     assert timeless(train(**keys)) == whole
+
+
+def test_the_two_loops_differ_where_they_say() -> None:
+    """Whoever changes one of them changes the other: these lines alone are of one loop only."""
+    lines = [inspect.getsource(module.optimize).splitlines() for module in (ppo, ppo_async)]
+    marked = [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
+    assert [line[1:].strip() for line in marked if line[0] == "-"] == [
+        "sync_weights(roles.actor, roles.rollout, version=state.version)",
+        'with timer("rollout"):  # 1. on-policy by construction',
+        "rollout = roles.rollout.generate(prompts.take(step), step).wait()",
+        "mismatch = check_mismatch(old_log_probs, rollout.log_probs, cfg)  # 3 x (N,), (B,)",
+        'with timer("sync"):  # 5. no rollout on old weights',
+        "if is_warm:",
+        "state.version += 1",
+        "sync_weights(roles.actor, roles.rollout, version=state.version)",
+        '**rollout_metrics(rollout, timer.seconds["time/rollout_s"]),',
+    ]
+    assert len(marked) == 9 + 13
 
 
 @pytest.mark.parametrize("stale", ["wait", "drop"])
