@@ -117,9 +117,7 @@ def _waiting(pending: Sequence[Pending[Any]]) -> dict[Ref, tuple[Pending[Any], C
     return {call.ref: (each, call) for each in pending for call in each.open_calls()}
 
 
-def _finish(
-    pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lambda: False
-) -> None:
+def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lambda: False) -> None:
     next_line = time.monotonic() + LINE_EVERY_S
     while (waiting := _waiting(pending)) and not is_enough():
         late, call = min(waiting.values(), key=lambda pair: pair[1].started + pair[0].deadline_s)

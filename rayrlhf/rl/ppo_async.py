@@ -89,6 +89,7 @@ def optimize(
             "policy/entropy": entropy,
             "weights/version": state.version,
             **importance,
+            **roles.restarts(),
             **NOT_UPDATED,
             "rollout/dropped": num_dropped,
             **behind,

@@ -20,6 +20,7 @@ ROLLOUT = Rollout(
     log_probs=torch.zeros(8),
     truncated=torch.tensor([False, False, True, False]),
     weight_versions=torch.zeros(4, dtype=torch.int64),
+    last_versions=torch.zeros(4, dtype=torch.int64),
 )
 # The log-ratio to the reference, k1, row by row: 1 | 0.5 -1 ...
 KL = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, 0.0, 0.0, 1.0])

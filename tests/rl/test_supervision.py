@@ -47,7 +47,7 @@ class Mortal:
 
     def generate(self, prompts: Any, first: int, step: int) -> Any:
         row = torch.tensor([1])
-        rollout = groups.Rollout(*[row] * 6, torch.tensor([self.version]))
+        rollout = groups.Rollout(*[row] * 6, *[torch.tensor([self.version])] * 2)
         return self._answer("generate", step, usually=rollout)
 
 
