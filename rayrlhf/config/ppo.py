@@ -160,6 +160,15 @@ class PPOConfig(AsynchronyConfig):
         return self
 
     @model_validator(mode="after")
+    def _stale_log_probs_are_weighed(self) -> Self:
+        if self.max_staleness and self.old_log_probs == "rollout":
+            raise ValueError(
+                f"ppo.old_log_probs=rollout with ppo.max_staleness={self.max_staleness}: the ratio "
+                "would be clipped around weights that are gone: set ppo.old_log_probs=actor"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:
         if self.num_responses % self.num_minibatches:
             raise ValueError(

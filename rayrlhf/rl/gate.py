@@ -29,6 +29,7 @@ from rayrlhf.config import PPOConfig
 from rayrlhf.data.encoded import token_counts
 from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.groups import Pending, known, share
+from rayrlhf.rl.off_policy import fresh_part
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.supervision import Ref
@@ -65,14 +66,17 @@ class Gate:
         self._tolerates = False
         self._probed = False
 
+    def is_due(self, step: int) -> bool:
+        """Tell whether `probe` has something to do."""
+        return not self._probed or step % self.cfg.gate.every == 0
+
     def probe(self, step: int, version: int) -> dict[str, float]:
         """Probe when it is due, while the engines have the weights `version`; returns metrics.
 
         A run that resumes probes, too, and says so only where an uninterrupted one would. Raises
         RuntimeError, with what is wrong, beyond `ppo.kl_rollout_mismatch_max`.
         """
-        is_due = step % self.cfg.gate.every == 0
-        if self._probed and not is_due:
+        if not self.is_due(step):
             return {}
         self._probed = True
         greedy, sampled = self._measure(0.0), self._measure(self.cfg.temperature)
@@ -81,17 +85,23 @@ class Gate:
             self.takes_rollout = worst <= self.cfg.gate.rollout_max
         if not worst <= self.cfg.kl_rollout_mismatch_max:
             self._judge(greedy, sampled, version)
-        return {"gate/greedy": greedy.gap, "gate/sampled": sampled.gap} if is_due else {}
+        is_said = step % self.cfg.gate.every == 0
+        return {"gate/greedy": greedy.gap, "gate/sampled": sampled.gap} if is_said else {}
 
-    def old_log_probs(self, rollout: Rollout, shared: Ref, step: int) -> Pending[Evaluated]:
-        """Start to evaluate log pi_old (N,) of a rollout of the weights that learn from it."""
-        if self.takes_rollout:
+    def old_log_probs(
+        self, rollout: Rollout, shared: Ref, step: int, version: int
+    ) -> Pending[Evaluated]:
+        """Start to evaluate log pi_old (N,) of a rollout; `version` is that of the learner.
+
+        The engine's are taken, and compared with, where both have the same weights.
+        """
+        if self.takes_rollout and bool((rollout.weight_versions == version).all()):
             return known((rollout.log_probs, {}))
         pending: Pending[Any] = self.roles.actor.log_probs(shared, step)
 
         def gather(parts: list[Any]) -> Evaluated:
             log_probs, entropy = pending.gather(parts)
-            mismatch = self.check(log_probs, rollout.log_probs)
+            mismatch = self.check(*fresh_part(log_probs, rollout, version))
             return log_probs, {"policy/entropy": entropy, "kl/rollout_mismatch": mismatch}
 
         return replace(pending, gather=gather)

@@ -11,7 +11,6 @@ Left out: a correction of the critic's targets, which stay those of the sampled 
 Source: arXiv:2505.24298 (AReaL), eq. 5; truncation: Ionides 2008.
 """
 
-import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -63,22 +62,3 @@ def fresh_part(log_probs: Tensor, rollout: Rollout, version: int) -> tuple[Tenso
     """Return log-probs (n,) of the learner and of the engine where both have weights `version`."""
     fresh = (rollout.weight_versions == version).repeat_interleave(rollout.response_lengths)
     return log_probs[fresh], rollout.log_probs[fresh]
-
-
-def check_mismatch(log_probs: Tensor, rollout_log_probs: Tensor, cfg: PPOConfig) -> float:
-    """Return mean |log-prob of the engine - of the learner|, nats per token; NaN for no token.
-
-    Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`: what was sampled would not be what is
-    learned from.
-    """
-    if not len(log_probs):
-        return math.nan
-    mismatch = float((log_probs - rollout_log_probs).abs().mean())
-    if not mismatch <= cfg.kl_rollout_mismatch_max:
-        raise RuntimeError(
-            f"kl/rollout_mismatch={mismatch:.3g} nats per token is beyond "
-            f"ppo.kl_rollout_mismatch_max={cfg.kl_rollout_mismatch_max:g}: the engine samples from "
-            "another distribution than the actor learns on. Set ppo.actor.precision=float32, or, "
-            "with bfloat16, ppo.kl_rollout_mismatch_max=0.1"
-        )
-    return mismatch

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf.config import PPOConfig
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.credit import Evaluation, assign_credit
+from rayrlhf.rl.gate import Gate
 from rayrlhf.rl.groups import absent, share, wait_all
-from rayrlhf.rl.off_policy import check_mismatch, correct, fresh_part, staleness
+from rayrlhf.rl.off_policy import correct, staleness
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
@@ -41,26 +42,30 @@ def optimize(
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     stream = make_stream(cfg, roles, prompts)
     stream.advance(state.step, state.version)
+    gate = Gate(cfg, roles, prompts)
     profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
         with timer("step"):
+            with timer("probe"):  # engine and learner agree, or the run ends here
+                if gate.is_due(step):
+                    stream.catch_up()
+                probed = gate.probe(step, state.version)
+
             with timer("rollout"):  # 1. what is not there yet is waited for
                 rollout, num_dropped = stream.take(step)
                 shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
-                (old_log_probs, entropy), ref_log_probs, values, scores = wait_all(
-                    roles.actor.log_probs(shared, step),
+                (old_log_probs, known), ref_log_probs, values, scores = wait_all(
+                    gate.old_log_probs(rollout, shared, step, state.version),
                     roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step) if roles.critic else absent(),
                     roles.reward.score(shared),
-                )
-                fresh = fresh_part(old_log_probs, rollout, state.version)
-                mismatch = check_mismatch(*fresh, cfg)  # 3 x (N,), (B,)
-                behind = staleness(rollout, state.version)
+                )  # 3 x (N,), (B,)
 
+            behind = staleness(rollout, state.version)
             credit = assign_credit(  # 3. (B, T) inside
                 cfg,
                 rollout,
@@ -85,19 +90,19 @@ def optimize(
 
         metrics = {
             **credit.metrics,
-            "kl/rollout_mismatch": mismatch,
-            "policy/entropy": entropy,
             "weights/version": state.version,
             **importance,
             **roles.restarts(),
             **NOT_UPDATED,
+            **known,
+            **probed,
             "rollout/dropped": num_dropped,
             **behind,
             **rollout_metrics(rollout, timer.seconds["time/step_s"]),
             **timer.seconds,
         }
         for part in losses:
-            metrics |= part
+            metrics |= gate.watch(part)
         log.log(state.step, metrics)
         profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):

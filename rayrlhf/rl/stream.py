@@ -83,6 +83,14 @@ class RolloutStream(ABC):
                 self._sent = [version] * self.num_engines
         self._start_more(step)
 
+    def catch_up(self) -> None:
+        """Wait until every engine has the newest weights; what it has to do comes before."""
+        behind = [engine for engine, sent in enumerate(self._sent) if sent != self.version]
+        if behind:
+            loading = self.roles.rollout.load_weights(self._weights, self.version, engines=behind)
+            check_versions(loading.wait(), self.version)
+            self._sent = [self.version] * self.num_engines
+
     @abstractmethod
     def take(self, step: int) -> tuple[Rollout, int]:
         """Wait for what `step` learns from; returns it, and how many responses were dropped."""

@@ -110,6 +110,9 @@ class StubRollout:
             last_versions=torch.full((rows,), self.version),
         )
 
+    def probe(self, prompts: list[list[int]], temperature: float) -> Rollout:
+        return StubRollout().generate(prompts, 0, 0)
+
     def load_weights(self, weights: Any, version: int) -> int:
         self.version = version
         return version
@@ -144,6 +147,9 @@ class StubModel:
 
 
 class StubActor(StubModel):
+    def probe(self, rollout: Rollout, temperature: float) -> Any:
+        return self.rows(rollout)
+
     def log_probs(self, rollout: Rollout, step: int) -> Any:
         return self.rows(rollout), 1.0
 
