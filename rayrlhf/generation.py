@@ -54,15 +54,27 @@ class Engine:
         seed: int = 0,
         num_threads: int = 1,
         tensor_parallel: int = 1,
+        bundles: Sequence[int] = (),
+        gpu_share: float = 0.0,
+        gpu_memory: float = 0.9,
+        sleeps: bool = False,
         eos_token_id: int | None = None,
     ) -> None:
         """Load a Hugging Face folder.
 
         `max_length` bounds prompt and response together (tokens); `memory_gib` is the KV cache on
-        CPU; `eos_token_id` None takes the one of the folder's tokenizer.
+        CPU, `gpu_memory` the part of a GPU that weights and KV cache take; `bundles` are those of
+        this process's placement group where its GPUs are, if others take a part of them, too, and
+        `gpu_share` is the part that it takes; `sleeps` allows `rest`; `eos_token_id` None takes the
+        one of the folder's tokenizer.
         """
         os.environ.update(ENVIRONMENT)
-        on_gpu = torch.cuda.is_available()
+        if bundles:
+            os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundles))
+            os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(gpu_share)
+        on_gpu = bool(bundles) or torch.cuda.is_available()  # its processes have them
+        self._sleeps = sleeps and on_gpu
+        self._is_asleep = False
         self._num_threads = None if on_gpu else num_threads
         if not on_gpu:
             from torch._dynamo import config as dynamo
@@ -83,7 +95,12 @@ class Engine:
             max_model_len=max_length,
             seed=seed,
             **engine_arguments(
-                on_gpu=on_gpu, memory_gib=memory_gib, tensor_parallel=tensor_parallel
+                on_gpu=on_gpu,
+                memory_gib=memory_gib,
+                tensor_parallel=tensor_parallel,
+                is_spread=bool(bundles),
+                gpu_memory=gpu_memory,
+                sleeps=sleeps,
             ),
         )
         self._llm.llm_engine.set_weight_version("0")
@@ -161,6 +178,16 @@ class Engine:
         """What the model computes in: float32, bfloat16."""
         return str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
+    def rest(self, asleep: bool) -> None:
+        """Give weights and KV cache back to the GPU, or take them again; on CPU do nothing.
+
+        vLLM's sleep mode, level 1: the weights wait in host memory. Level 2 forgets them, which
+        only a step that updates them makes good. On CPU vLLM cannot sleep.
+        """
+        if self._sleeps and asleep != self._is_asleep:
+            self._llm.sleep(level=1) if asleep else self._llm.wake_up()
+            self._is_asleep = asleep
+
     def reset_prefix_cache(self) -> None:
         """Forget keys and values of prompts; raises RuntimeError while a request is running."""
         if not self._llm.reset_prefix_cache():
@@ -201,22 +228,35 @@ class Engine:
         return version
 
 
-def engine_arguments(*, on_gpu: bool, memory_gib: float, tensor_parallel: int) -> dict[str, Any]:
+def engine_arguments(  # noqa: PLR0913 (vLLM has these knobs)
+    *,
+    on_gpu: bool,
+    memory_gib: float,
+    tensor_parallel: int,
+    is_spread: bool = False,
+    gpu_memory: float = 0.9,
+    sleeps: bool = False,
+) -> dict[str, Any]:
     """Return vLLM's arguments that do not come from the model.
 
-    `memory_gib` is the KV cache on CPU; on a GPU it is what vLLM's gpu_memory_utilization leaves.
+    `memory_gib` is the KV cache on CPU; on a GPU it is what `gpu_memory` leaves. With `is_spread`
+    the engine's processes are Ray's, in bundles that others share.
     """
+    several = "ray" if is_spread else "mp"
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "tensor_parallel_size": tensor_parallel,
-        "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
+        "distributed_executor_backend": "uni" if tensor_parallel == 1 else several,
         "enforce_eager": not on_gpu,
         "generation_config": "vllm",
         # The log-probs of what is sampled from: after the temperature, not before.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
-    if not on_gpu:
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = gpu_memory
+        arguments["enable_sleep_mode"] = sleeps
+    else:
         arguments["kv_cache_memory_bytes"] = int(memory_gib * 2**30)
     return arguments
 

@@ -14,6 +14,7 @@ from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
+from rayrlhf.rl.layout import plan
 
 SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
@@ -45,11 +46,8 @@ def prepare(recipe: Recipe) -> None:
     builtin.prepare(recipe)
     session.connect(recipe)
     for stage in recipe.stages:
-        session.require(
-            recipe.resources.bundles(stage, recipe.roles),
-            wait_s=recipe.resources.wait_s,
-            stage=stage,
-        )
+        bundles = plan(recipe).demand if stage == "ppo" else recipe.resources.bundles(stage)
+        session.require(bundles, wait_s=recipe.resources.wait_s, stage=stage)
 
 
 def require_trackers(recipe: Recipe) -> None:

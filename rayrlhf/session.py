@@ -17,6 +17,10 @@ from rayrlhf.config import Recipe, RecipeError
 
 Bundle = Mapping[str, float]
 
+NUM_LISTED = 8
+"""Nodes that an error says the resources of."""
+HEAD = "node:__internal_head__"
+"""Ray's mark of the head node, which has its address besides."""
 RELEASE_S = 20.0
 """How long, at least, resources in use are waited for: Ray takes seconds to see a stage's end."""
 
@@ -116,8 +120,8 @@ def shortage(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> str | None:
         have = sum(node.get(resource, 0) for node in free)
         if wanted > have + 1e-9:
             return (
-                f"{wanted:g} {resource} asked for, {have:g} registered on {len(free)} node(s): "
-                f"lower resources.*, or add nodes with {resource}"
+                f"{wanted:g} {resource} asked for, {have:g} registered on {len(free)} node(s)"
+                f"{_listed(nodes)}: lower resources.*, or add nodes with {resource}"
             )
     for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0), -b.get("CPU", 0))):
         place = next(
@@ -136,8 +140,20 @@ def shortage(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> str | None:
             short = next((name for name, amount in bundle.items() if largest[name] < amount), "CPU")
             return (
                 f"a worker asks for {asked} on one node, but no node has that much {short} "
-                f"left ({largest[short]:g}): lower resources.*, or add a larger node"
+                f"left ({largest[short]:g}){_listed(nodes)}: lower resources.*, or add a larger "
+                "node"
             )
         for name, amount in bundle.items():
             place[name] = place.get(name, 0) - amount
     return None
+
+
+def _listed(nodes: Sequence[Bundle]) -> str:
+    """Say what each of the first nodes has, by its address: " (10.0.0.1: 8 CPU, 2 GPU; ...)"."""
+    named = []
+    for node in nodes[:NUM_LISTED]:
+        address = next((name for name in node if name.startswith("node:") and name != HEAD), "")
+        has = ", ".join(f"{node[name]:g} {name}" for name in ("CPU", "GPU") if node.get(name))
+        named.append(f"{address.removeprefix('node:')}: {has or 'nothing'}".removeprefix(": "))
+    more = [f"{len(nodes) - NUM_LISTED} more"] if len(nodes) > NUM_LISTED else []
+    return f" ({'; '.join([*named, *more])})" if named else ""

@@ -45,6 +45,19 @@ def test_shortage(
         assert "lower resources" in found
 
 
+def test_a_shortage_says_what_each_node_has() -> None:
+    nodes = [
+        {"CPU": 8.0, "GPU": 2.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0},
+        {"memory": 1e9, "node:10.0.0.2": 1.0},
+    ]
+    assert (
+        "3 GPU asked for, 2 registered on 2 node(s) (10.0.0.1: 8 CPU, 2 GPU; 10.0.0.2: nothing)"
+        in (shortage([{"GPU": 1.0}] * 3, nodes) or "")
+    )
+    assert "(4 CPU; 4 CPU)" in (shortage([{"CPU": 6.0}], [{"CPU": 4.0}] * 2) or "")
+    assert "; 4 CPU; 4 more)" in (shortage([{"CPU": 6.0}], [{"CPU": 4.0}] * 12) or "")
+
+
 def test_shortage_does_not_touch_the_nodes() -> None:
     nodes = [dict(GPUS)]
     shortage([{"GPU": 2.0}], nodes)

@@ -166,6 +166,12 @@ class Recipe(Section):
                     f"resources.{role}.num_workers={ranks}: change ppo.batch_size or "
                     "ppo.num_minibatches"
                 )
+        if ppo.max_staleness and self.resources.layout == "colocated":
+            raise ValueError(
+                f"ppo.max_staleness={ppo.max_staleness} rolls out while the learner trains, and "
+                "with resources.layout=colocated they take turns: set resources.layout="
+                "disaggregated, or ppo.max_staleness=0"
+            )
         engines = self.resources.rollout.num_workers
         if ppo.stale == "drop" and ppo.batch_size % engines:
             raise ValueError(

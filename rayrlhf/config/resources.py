@@ -19,7 +19,11 @@ class RoleResources(Section):
     cpus: NonNegative = 0.25
     """Logical CPUs per worker; below 1 because the roles take turns."""
     gpus: NonNegative = 0
-    """GPUs per worker; above 1 only for `rollout` (tensor parallelism)."""
+    """GPUs per worker; above 1 only for `rollout` (tensor parallelism). With `layout: colocated` 1
+    or more where the role is on the GPUs that are shared, whose parts are computed."""
+    shares: Role | None = None
+    """Worker i of this role is on the device of worker i of that one; together they ask for at most
+    one GPU (`critic.gpus: 0.5`, `reward: {gpus: 0.5, shares: critic}`)."""
     num_threads: Positive = 1
     """Threads of torch in each worker."""
 
@@ -43,6 +47,13 @@ class ResourcesConfig(Section):
     reference: RoleResources = RoleResources()
     reward: RoleResources = RoleResources()
     rollout: RoleResources = RoleResources()
+    layout: Literal["disaggregated", "colocated"] = "disaggregated"
+    """PPO's roles have devices of their own, or all share the same ones and take turns: the engine
+    sleeps while others compute (vLLM's sleep mode, level 1; on CPU vLLM has none, and it keeps its
+    memory), and the optimizer states of actor and critic are in host memory but for their turns."""
+    rollout_gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Part of a GPU's memory that an engine takes, weights and KV cache together. What the others
+    keep beside it while it is awake (their weights, with `layout: colocated`) has to fit, too."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Strategy of the placement group that holds the PPO roles."""
     wait_s: NonNegative = 0
@@ -65,6 +76,7 @@ class ResourcesConfig(Section):
                     f"GPU: set resources.{role}.gpus=1 and raise resources.{role}.num_workers"
                 )
             _whole_beyond_one(f"resources.{role}.gpus", own.gpus)
+            self._can_share(role, own)
         if self.gpus_per_worker > 1:
             raise ValueError(
                 f"resources.gpus_per_worker={self.gpus_per_worker:g}: a worker computes on one "
@@ -77,6 +89,34 @@ class ResourcesConfig(Section):
                 "sequence: change one of the two"
             )
         return self
+
+    def _can_share(self, role: Role, own: RoleResources) -> None:
+        key = f"resources.{role}"
+        if self.layout == "colocated" and own.shares is not None:
+            raise ValueError(
+                f"{key}.shares={own.shares} has no effect with resources.layout=colocated, where "
+                "all roles share: take it out"
+            )
+        if self.layout == "colocated" and own.gpus != int(own.gpus):
+            raise ValueError(
+                f"{key}.gpus={own.gpus:g} with resources.layout=colocated, which computes the "
+                f"parts: set {key}.gpus=1"
+            )
+        if own.shares is None:
+            return
+        host = self.role(own.shares)
+        if own.shares == role or host.shares is not None:
+            raise ValueError(
+                f"{key}.shares={own.shares}, which does not have devices of its own: name a role "
+                "that has"
+            )
+        guests = [each for each in ROLES if self.role(each).shares == own.shares]
+        gpus = host.gpus + sum(self.role(guest).gpus for guest in guests)
+        if (own.gpus > 0) != (host.gpus > 0) or gpus > 1 + 1e-6:
+            raise ValueError(
+                f"{key}.shares={own.shares}: {', '.join([own.shares, *guests])} ask for {gpus:g} "
+                "GPU together, and share one: set parts such as gpus=0.5 for each of them"
+            )
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Raise RecipeError unless a model's attention can be split over `sequence_parallel`."""
@@ -105,17 +145,8 @@ class ResourcesConfig(Section):
         }
         return roles[role]
 
-    def bundles(self, stage: str, roles: tuple[Role, ...] = ROLES) -> list[dict[str, float]]:
-        """Return what `stage` asks of the cluster: one bundle of CPU and GPU per worker.
-
-        `roles` are those that PPO runs.
-        """
-        if stage == "ppo":
-            return [
-                {"CPU": self.role(role).cpus, "GPU": self.role(role).gpus}
-                for role in roles
-                for _ in range(self.role(role).num_workers)
-            ]
+    def bundles(self, stage: str) -> list[dict[str, float]]:
+        """Return what a stage but PPO asks of the cluster: a bundle of CPU and GPU per worker."""
         if stage in TRAINED_STAGES:
             return [{"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}] * self.num_workers
         return [{"CPU": 1.0}]

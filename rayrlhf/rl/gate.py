@@ -28,11 +28,11 @@ from rayrlhf import console
 from rayrlhf.config import PPOConfig
 from rayrlhf.data.encoded import token_counts
 from rayrlhf.rl.experience import Rollout
-from rayrlhf.rl.groups import Pending, known, share
 from rayrlhf.rl.off_policy import fresh_part
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.supervision import Ref
+from rayrlhf.rl.waiting import Pending, known, share
 from rayrlhf.rl.weight_sync import sync_weights
 
 TEMPERATURES = [2 ** (exponent / 8) for exponent in range(-24, 17)]

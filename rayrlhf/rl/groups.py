@@ -1,190 +1,29 @@
 """A typed front per role: start a call on every worker, and gather what the ranks return.
 
-A call returns a `Pending` at once; `wait_all` waits for several together, so that roles work at the
-same time. Every call has the deadline `ppo.deadline_s` and a line every 30 s, and both the line and
-the error name the role and the call. What follows when a worker dies: see supervision.py.
-Arguments that are large travel as references (`share`), which this module never opens.
+A call returns a `Pending` at once; `waiting.wait_all` waits for several together, so that roles
+work at the same time. What follows when a worker dies: see supervision.py. Arguments that are large
+travel as references (`waiting.share`), which this module never opens.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-import ray
-import ray.exceptions
 import torch
 from torch import Tensor
 
-from rayrlhf import console
-from rayrlhf.config import RecipeError, Role
+from rayrlhf.config import Role
 from rayrlhf.rl.clock import Span
-from rayrlhf.rl.experience import Experience, Rollout, scatter_rows
+from rayrlhf.rl.experience import Rollout, scatter_rows
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.supervision import DEATHS, Call, Handle, Ref, Seat, Supervisor
+from rayrlhf.rl.supervision import Call, Handle, Ref, Seat, Supervisor
+from rayrlhf.rl.turns import HOLDERS, Turns
+from rayrlhf.rl.waiting import Pending, nothing
 
 T = TypeVar("T")
 Submit = Callable[[Handle], Ref]
 """Starts a call on a worker."""
 WEIGHTS = "weights"
 """Group of threads of an engine that takes weights beside what it generates."""
-LINE_EVERY_S = 30.0
-"""Seconds between the lines that say what a long wait is for."""
-NEIGHBOUR_S = 10.0
-"""How long after an error in a collective its cause is looked for: a rank that died."""
-
-
-@dataclass
-class Pending(Generic[T]):
-    """Calls that have started on the workers of one role."""
-
-    role: str
-    call: str
-    calls: list[Call]
-    gather: Callable[[list[Any]], T]
-    deadline_s: float
-    fix: str = "see the log of its worker under Ray's session folder"
-    """What to do when it is late."""
-    died: Callable[[Call, Exception], None] | None = None
-    """What a worker's death means: it returns when the call is being done again, or raises."""
-    is_collective: bool = False
-    """Whether one rank's death makes calls of the others fail, too."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every answer was taken in."""
-        return all(call.is_done for call in self.calls)
-
-    def count_from_now(self) -> None:
-        """Let the deadline count from now: the workers had other calls to do before."""
-        for call in self.calls:
-            call.started = time.monotonic()
-
-    def open_calls(self) -> list[Call]:
-        """Return what there is to wait for: also what a successor does to catch up."""
-        seats = dict.fromkeys(call.seat for call in self.calls)
-        again = [call for seat in seats for call in seat.calls if call.is_again]
-        return [call for call in [*again, *self.calls] if not call.is_done]
-
-    def wait(self) -> T:
-        """Return the gathered result; see `wait_all`."""
-        _finish([self])
-        return self.gather([call.result for call in self.calls])
-
-
-def wait_all(*pending: Pending[Any]) -> list[Any]:
-    """Wait for calls that run at the same time; returns their results in order.
-
-    What a worker without a state of its own was doing when it died, its successor does again.
-    Raises TimeoutError when a call is not done by its deadline, LearnerLost when a rank of a
-    trained role died, and RuntimeError when a worker raised, or died too often, as soon as that
-    happens, whatever the others do. All name the role and the call. A RecipeError of a worker is
-    raised as it is.
-    """
-    _finish(pending)
-    return [each.gather([call.result for call in each.calls]) for each in pending]
-
-
-def wait_any(*pending: Pending[Any]) -> None:
-    """Take in what is there, and wait if it is none of the calls; raises as `wait_all` does."""
-    waiting = _waiting(pending)
-    if waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        _take_in_all(waiting, ready)
-    _finish(pending, is_enough=lambda: any(each.is_done for each in pending))
-
-
-def nothing(_: list[Any]) -> None:
-    """Gather the results of calls that return none."""
-
-
-def known(value: T) -> Pending[T]:
-    """Return a call that is done, and gives `value`."""
-    return Pending("", "", [], lambda _: value, 0.0)
-
-
-def absent() -> Pending[None]:
-    """Return a call on a role that this learner does not have: it is done, and gives None."""
-    return known(None)
-
-
-def share(value: Rollout | Experience) -> Ref:
-    """Put a record into the object store once, for all roles."""
-    return ray.put(value)
-
-
-def _waiting(pending: Sequence[Pending[Any]]) -> dict[Ref, tuple[Pending[Any], Call]]:
-    return {call.ref: (each, call) for each in pending for call in each.open_calls()}
-
-
-def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lambda: False) -> None:
-    next_line = time.monotonic() + LINE_EVERY_S
-    while (waiting := _waiting(pending)) and not is_enough():
-        late, call = min(waiting.values(), key=lambda pair: pair[1].started + pair[0].deadline_s)
-        deadline = call.started + late.deadline_s
-        until = min(deadline, next_line)
-        ready, _ = ray.wait(
-            list(waiting), num_returns=1, timeout=max(0.0, until - time.monotonic())
-        )
-        if not ready and until == deadline:
-            raise TimeoutError(
-                f"{late.role}.{call.name} is not done after ppo.deadline_s={late.deadline_s:g} s: "
-                f"{late.fix}, or raise ppo.deadline_s"
-            )
-        _take_in_all(waiting, ready)
-        now = time.monotonic()
-        if waiting and now >= next_line:
-            names = dict.fromkeys(f"{each.role}.{call.name}" for each, call in waiting.values())
-            console.say(f"ppo: waiting for {', '.join(names)}, {deadline - now:.0f} s left")
-            next_line = now + LINE_EVERY_S
-
-
-def _take_in_all(waiting: dict[Ref, tuple[Pending[Any], Call]], ready: Sequence[Ref]) -> None:
-    for ref in ready:
-        each, call = waiting.pop(ref)
-        if call.ref is ref:  # and no successor does it again
-            _take_in(each, call)
-
-
-def _take_in(pending: Pending[Any], call: Call) -> None:
-    """Take in the answer to a call; see `wait_all`."""
-    try:
-        call.done(ray.get(call.ref))
-    except DEATHS as error:
-        _died(pending, call, error)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RecipeError):
-            raise error.cause from None
-        if pending.is_collective:
-            _look_for_the_dead(pending, call)
-        raise RuntimeError(f"{pending.role}.{call.name} failed: {error}") from error
-
-
-def _died(pending: Pending[Any], call: Call, error: Exception) -> None:
-    failed_at_birth = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
-    if pending.died is None or failed_at_birth:
-        raise RuntimeError(
-            f"{pending.role}.{call.name}: the worker died; run the same command "
-            f"again to resume from the newest checkpoint. {error}"
-        ) from error
-    pending.died(call, error)
-
-
-def _look_for_the_dead(pending: Pending[Any], call: Call) -> None:
-    """Raise LearnerLost when another rank died: then it is why this one's call failed."""
-    others = [each for each in pending.calls if each is not call and not each.is_done]
-    if not others:
-        return
-    refs = [each.ref for each in others]
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=NEIGHBOUR_S)
-    for other in others:
-        if other.ref in ready:
-            try:
-                ray.get(other.ref)
-            except DEATHS as error:
-                _died(pending, other, error)
-            except ray.exceptions.RayTaskError:
-                continue  # it failed in the same way
 
 
 class Group:
@@ -198,11 +37,15 @@ class Group:
         *,
         deadline_s: float,
         supervisor: Supervisor | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        """Without a supervisor, a worker's death ends the run."""
+        """Without a supervisor, a worker's death ends the run; without turns, devices are owned."""
         self.seats = [Seat(worker, rank) for rank, worker in enumerate(workers)]
         self.deadline_s = deadline_s
         self.supervisor = supervisor
+        self.turns = turns
+        if turns is not None and self.role in HOLDERS:
+            turns.join(self)
 
     def start(self) -> Pending[None]:
         """Load the model on every worker."""
@@ -215,6 +58,10 @@ class Group:
     def matmul_rate(self) -> Pending[float]:
         """Measure what the workers' matmuls reach together, FLOP/s."""
         return self._all("matmul_rate", lambda worker: worker.matmul_rate.remote(), sum)
+
+    def rest(self, asleep: bool) -> Pending[None]:
+        """Let every worker leave the device's memory to others, or take it again (turns.py)."""
+        return self._all("rest", lambda worker: worker.rest.remote(asleep), nothing, lasting=True)
 
     def give_up(self) -> None:
         """Forget the calls that have started: nobody will wait for them."""
@@ -242,11 +89,16 @@ class Group:
         lasting: bool = False,
     ) -> Pending[T]:
         """Start a call on the workers that are the keys of `work`."""
+        if self.turns is not None:
+            self.turns.take(self.role, call)
         calls = [
             self.seats[rank].call(call, submit, lasting=lasting) for rank, submit in work.items()
         ]
         died = self._died if self.supervisor else None
-        return Pending(self.role, call, calls, gather, self.deadline_s, died=died)
+        pending = Pending(self.role, call, calls, gather, self.deadline_s, died=died)
+        if self.turns is not None:
+            self.turns.started(call, pending.wait)
+        return pending
 
     def _died(self, call: Call, error: Exception) -> None:
         assert self.supervisor is not None

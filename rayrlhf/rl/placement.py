@@ -1,7 +1,7 @@
-"""Where the five roles live: `plan` is pure, `launch` has the only ray.remote() of the package."""
+"""From a layout to workers: `launch` has the only ray.remote() of the package."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,23 +12,23 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf import console, session
-from rayrlhf.config import Recipe, RecipeError, Role
-from rayrlhf.rl import groups
+from rayrlhf.config import Role
+from rayrlhf.rl import waiting
 from rayrlhf.rl.groups import (
     WEIGHTS,
     ActorGroup,
     CriticGroup,
     Group,
-    Pending,
     ReferenceGroup,
     RewardGroup,
     RolloutGroup,
     TrainedGroup,
-    nothing,
-    wait_all,
 )
+from rayrlhf.rl.layout import Layout, Place
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import Handle, Seat, Supervisor
+from rayrlhf.rl.turns import Turns
+from rayrlhf.rl.waiting import Pending, nothing, wait_all
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
@@ -45,43 +45,6 @@ WORKERS: dict[Role, type] = {
     "reward": RewardWorker,
     "rollout": RolloutWorker,
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """One worker: its role, its rank in the role, and what it takes from its node."""
-
-    role: Role
-    rank: int
-    world_size: int
-    cpus: float
-    gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """The worker's bundle of the placement group."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """All workers of PPO and the strategy that places them; bundle i belongs to places[i]."""
-
-    places: tuple[Place, ...]
-    strategy: str
-
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        """The bundles of the placement group."""
-        return [place.bundle for place in self.places]
-
-    @property
-    def demand(self) -> list[dict[str, float]]:
-        """What single nodes must hold: every bundle, or their sum where one node holds all."""
-        if self.strategy != "STRICT_PACK":
-            return self.bundles
-        total = {"CPU": sum(p.cpus for p in self.places), "GPU": sum(p.gpus for p in self.places)}
-        return [{name: amount for name, amount in total.items() if amount or name == "CPU"}]
 
 
 @dataclass(frozen=True)
@@ -120,32 +83,9 @@ class Roles:
         """
         for group in self.groups:
             group.give_up()
+        if self.actor.turns is not None:
+            self.actor.turns.give_up(ended=("actor", "critic"))
         wait_all(*[group.renew(settings[group.role]) for group in self.trained])
-
-
-def plan(recipe: Recipe, nodes: Sequence[Mapping[str, float]] | None = None) -> Layout:
-    """Return the layout of the PPO roles; with `nodes` (resources of each), check that it fits.
-
-    Raises RecipeError that names the resource that is short.
-    """
-    resources = recipe.resources
-    places = tuple(
-        Place(role, rank, own.num_workers, own.cpus, own.gpus)
-        for role in recipe.roles
-        for own in [resources.role(role)]
-        for rank in range(own.num_workers)
-    )
-    layout = Layout(places, resources.placement)
-    if nodes is not None:
-        missing = session.shortage(layout.demand, nodes)
-        if missing is None and layout.strategy == "STRICT_SPREAD" and len(nodes) < len(places):
-            missing = (
-                f"resources.placement=STRICT_SPREAD asks for {len(places)} nodes, "
-                f"{len(nodes)} registered: add nodes, or set resources.placement=SPREAD"
-            )
-        if missing is not None:
-            raise RecipeError(f"ppo: {missing}")
-    return layout
 
 
 def cluster_nodes() -> list[dict[str, float]]:
@@ -160,7 +100,8 @@ class Bundles:
         """A worker whose node is lost waits up to `wait_s` for another, and some seconds anyway."""
         self.layout = layout
         self.wait_s = max(wait_s, session.RELEASE_S)
-        self.group = placement_group(layout.bundles, strategy=layout.strategy)
+        self.group = placement_group(list(layout.bundles), strategy=layout.strategy)
+        self.turns = Turns() if layout.takes_turns else None
         self._workers: dict[int, Handle] = {}
 
     def ready(self, deadline_s: float) -> None:
@@ -176,7 +117,7 @@ class Bundles:
         supervisor = Supervisor(kind.role, partial(self.spawn, kind.role), settings[kind.role])
         ranks = [place.rank for place in self.layout.places if place.role == kind.role]
         workers = [supervisor.spawn(rank, supervisor.settings) for rank in ranks]
-        return kind(workers, deadline_s=deadline_s, supervisor=supervisor)
+        return kind(workers, deadline_s=deadline_s, supervisor=supervisor, turns=self.turns)
 
     def spawn(self, role: Role, rank: int, settings: RoleSettings) -> Handle:
         """Start a worker in the bundle of its place; who was there before is ended."""
@@ -191,9 +132,16 @@ class Bundles:
             rank=rank,
             world_size=place.world_size,
             num_gpus=place.gpus,
-            host=hosts[index - rank],  # the ranks of a role follow each other
+            spread=place.spread,
+            gpu_share=place.share,
+            takes_turns=self.layout.takes_turns,
+            host=hosts[places[index - rank].bundle],  # the ranks of a role follow each other
         )
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
+        strategy = PlacementGroupSchedulingStrategy(
+            self.group,
+            placement_group_bundle_index=place.bundle,
+            placement_group_capture_child_tasks=bool(place.spread),  # processes of the engine
+        )
         beside = {WEIGHTS: 1} if role == "rollout" and settings.ppo.interrupt else {}
         remote = ray.remote(concurrency_groups=beside)(WORKERS[role]).options(
             num_cpus=place.cpus, num_gpus=place.gpus, scheduling_strategy=strategy
@@ -213,7 +161,7 @@ class Bundles:
             nodes = ", ".join(f"{node.get('CPU', 0):g} CPU" for node in cluster_nodes())
             missing = (
                 f"a node of the {place.role} worker {place.rank} or of its like is lost, and the "
-                f"nodes left ({nodes}) have no place for {place.bundle}"
+                f"nodes left ({nodes}) have no place for {self.layout.bundles[place.bundle]}"
             )
             if now >= ends:
                 raise TimeoutError(
@@ -222,11 +170,11 @@ class Bundles:
                 )
             if now >= next_line:
                 console.say(f"ppo: waiting for a node, {ends - now:.0f} s left: {missing}")
-                next_line = now + groups.LINE_EVERY_S
+                next_line = now + waiting.LINE_EVERY_S
             time.sleep(0.2)
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         nodes_of = table["bundles_to_node_id"]
-        return [addresses[nodes_of[index]] for index in range(len(self.layout.places))]
+        return [addresses[nodes_of[index]] for index in range(len(self.layout.bundles))]
 
     def close(self) -> None:
         """End every worker, and give the bundles back."""

@@ -26,14 +26,15 @@ from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl import ppo_async
 from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.gate import Gate
-from rayrlhf.rl.groups import absent, share, wait_all
+from rayrlhf.rl.layout import plan
 from rayrlhf.rl.off_policy import correct
-from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
+from rayrlhf.rl.placement import Roles, cluster_nodes, launch
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
 from rayrlhf.rl.state import State, go_back, restore, save
 from rayrlhf.rl.supervision import GoBack
+from rayrlhf.rl.waiting import absent, share, wait_all
 from rayrlhf.rl.weight_sync import sync_weights
 from rayrlhf.training.checkpoint import begin, commit, is_complete, newest_checkpoint
 from rayrlhf.training.model_card import write_card

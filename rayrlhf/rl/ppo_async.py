@@ -21,7 +21,6 @@ from rayrlhf.config import PPOConfig
 from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.gate import Gate
-from rayrlhf.rl.groups import absent, share, wait_all
 from rayrlhf.rl.off_policy import correct, staleness
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.profile import Profile
@@ -29,6 +28,7 @@ from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metri
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import State, save
 from rayrlhf.rl.stream import make_stream
+from rayrlhf.rl.waiting import absent, share, wait_all
 
 
 def optimize(

@@ -17,8 +17,9 @@ from typing import Any
 
 from rayrlhf import console
 from rayrlhf.rl.clock import Span
-from rayrlhf.rl.groups import TrainedGroup, wait_all
+from rayrlhf.rl.groups import TrainedGroup
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.waiting import wait_all
 
 WARM_UP, TRACED, MEASURED = 1, 1, 3
 """Steps of each part."""

@@ -32,7 +32,7 @@ Rows = tuple[list[int], list[Tensor]]
 
 @dataclass(frozen=True)
 class RoleSettings:
-    """What a worker has to know; `launch` fills in the last four."""
+    """What a worker has to know; `launch` fills in what follows `rank`."""
 
     ppo: PPOConfig
     model_path: str
@@ -52,9 +52,17 @@ class RoleSettings:
     eos_id: int
     seed: int
     num_threads: int
+    gpu_memory: float = 0.9
+    """Part of a GPU's memory that an engine takes."""
     rank: int = 0
     world_size: int = 1
     num_gpus: float = 0
+    spread: tuple[int, ...] = ()
+    """Bundles of the GPUs of an engine that has several, each shared with other roles."""
+    gpu_share: float = 0
+    """Part of each of these GPUs."""
+    takes_turns: bool = False
+    """Whether other roles need the device's memory between this one's calls."""
     host: str = "127.0.0.1"
     """Address of the node of the role's rank 0."""
 
@@ -202,6 +210,11 @@ class TrainedWorker(ModelWorker, ABC):
         module.eval()  # no dropout, whatever the backend set
         if self.settings.state_path is not None:
             self.backend.load_state(self.settings.state_path)
+
+    def rest(self, asleep: bool) -> None:
+        """Leave the device's memory to another role, or take it again (turns.py)."""
+        if self.device.type != "cpu":  # there it would only be copied
+            self.backend.rest(asleep)
 
     @abstractmethod
     def load_module(self) -> torch.nn.Module:

@@ -30,7 +30,11 @@ class RolloutWorker(Worker):
             memory_gib=self.cfg.rollout_memory_gib,
             seed=settings.seed,
             num_threads=settings.num_threads,
-            tensor_parallel=max(1, int(settings.num_gpus)),
+            tensor_parallel=len(settings.spread) or max(1, int(settings.num_gpus)),
+            bundles=settings.spread,
+            gpu_share=settings.gpu_share,
+            gpu_memory=settings.gpu_memory,
+            sleeps=settings.takes_turns,
             eos_token_id=settings.eos_id,
         )
         if self.cfg.profile:
@@ -76,6 +80,10 @@ class RolloutWorker(Worker):
             seeds=[request_seed(self.settings.seed, -1, i, 0) for i in range(len(prompts))],
         )
         return Rollout.from_completions(prompts, completions)
+
+    def rest(self, asleep: bool) -> None:
+        """Leave the device's memory to another role, or take it again (turns.py)."""
+        self.engine.rest(asleep)
 
     def reset_prefix_cache(self) -> None:
         """Forget keys and values of prompts."""

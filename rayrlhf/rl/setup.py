@@ -85,6 +85,7 @@ def role_settings(
             eos_id=tokenizer.eos_token_id,
             seed=recipe.seed,
             num_threads=recipe.resources.role(role).num_threads,
+            gpu_memory=recipe.resources.rollout_gpu_memory,
         )
         for role, path in models.items()
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 from rayrlhf import console
 from rayrlhf.algorithms.kl import KLController, make_kl_controller
 from rayrlhf.config import PPOConfig, Role
-from rayrlhf.rl.groups import wait_all
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import LearnerLost
+from rayrlhf.rl.waiting import wait_all
 from rayrlhf.training.checkpoint import STATE_DIR, begin, commit, newest_checkpoint
 
 

@@ -24,9 +24,9 @@ import torch
 
 from rayrlhf.config import PPOConfig
 from rayrlhf.rl.experience import Rollout
-from rayrlhf.rl.groups import Pending, wait_any
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.waiting import Pending, wait_any
 from rayrlhf.rl.weight_sync import check_versions
 
 

@@ -90,7 +90,8 @@ class Seat:
         Weights that came in the middle of a call (`ppo.interrupt`) stand before it then.
         """
         lasting = {each.name: each for each in self.calls if each.is_done and each.lasting}
-        self.calls = [*lasting.values(), *(each for each in self.calls if not each.is_done)]
+        past = [each for each in self.calls if lasting.get(each.name) is each]
+        self.calls = [*past, *(each for each in self.calls if not each.is_done)]
 
     def give_up(self) -> None:
         """Forget the calls that nobody waits for any more."""

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rayrlhf.config import PPOConfig
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.rl import groups
+from rayrlhf.rl import groups, waiting
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ppo import optimize
 from rayrlhf.rl.ranks import RoleSettings
@@ -113,7 +113,7 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
 @pytest.fixture
 def inline_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the groups call their workers in this process."""
-    monkeypatch.setattr(groups, "ray", InlineRay)
+    monkeypatch.setattr(waiting, "ray", InlineRay)
 
 
 @pytest.fixture

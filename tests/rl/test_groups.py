@@ -8,8 +8,9 @@ import ray.exceptions
 import torch
 
 from rayrlhf.config import RecipeError
-from rayrlhf.rl import groups
-from rayrlhf.rl.groups import ActorGroup, CriticGroup, RolloutGroup, wait_all
+from rayrlhf.rl import groups, waiting
+from rayrlhf.rl.groups import ActorGroup, CriticGroup, RolloutGroup
+from rayrlhf.rl.waiting import wait_all
 from rayrlhf.rl.weight_sync import sync_weights
 from tests.rl.inline import InlineHandle, InlineRay
 
@@ -39,7 +40,7 @@ def test_rows_of_all_ranks_come_back_in_order(inline_ray: None) -> None:
 
 
 def test_a_deadline_names_the_role_and_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "ray", Late)
+    monkeypatch.setattr(waiting, "ray", Late)
     critic = CriticGroup([InlineHandle(Rank([0]))], deadline_s=0.01)
     with pytest.raises(TimeoutError, match=r"critic\.values .* ppo\.deadline_s=0\.01"):
         critic.values("rollout", 0).wait()
@@ -60,8 +61,8 @@ def test_a_long_wait_says_what_it_is_for(
                 done = refs if next(intervals) == 3 else []
             return done, [ref for ref in refs if ref not in done]
 
-    monkeypatch.setattr(groups, "ray", Slow)
-    monkeypatch.setattr(groups, "LINE_EVERY_S", 0.02)
+    monkeypatch.setattr(waiting, "ray", Slow)
+    monkeypatch.setattr(waiting, "LINE_EVERY_S", 0.02)
     quick, slow = (
         CriticGroup([InlineHandle(Rank(indices))], deadline_s=9.4) for indices in ([0], [1, 0])
     )
@@ -138,7 +139,7 @@ def test_weights_never_come_to_the_controller(monkeypatch: pytest.MonkeyPatch) -
             seen.extend(ref.value for ref in refs)
             return InlineRay.wait(refs, num_returns, timeout)
 
-    monkeypatch.setattr(groups, "ray", Watched)
+    monkeypatch.setattr(waiting, "ray", Watched)
     actor = ActorGroup([InlineHandle(WeightSource()) for _ in range(2)], deadline_s=1)
     assert actor.weights().wait().value == {"w": 1}
     assert seen
@@ -146,7 +147,7 @@ def test_weights_never_come_to_the_controller(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_sync_that_hangs_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "ray", Late)
+    monkeypatch.setattr(waiting, "ray", Late)
     actor = ActorGroup([InlineHandle(WeightSource())], deadline_s=0.01)
     with pytest.raises(TimeoutError, match=r"actor\.weights"):
         sync_weights(actor, RolloutGroup([], deadline_s=1), version=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayrlhf.config import Recipe, RecipeError, parse
-from rayrlhf.rl.placement import plan
+from rayrlhf.rl.layout import plan
 from rayrlhf.training.checkpoint import newest_checkpoint
 from tests.rl.inline import timeless
 from tests.toy import PPO_METRICS
@@ -120,7 +120,7 @@ def test_no_critic_is_planned_and_resources_critic_is_ignored(learner: str) -> N
     free = recipe(advantage_estimator=learner)
     roles = ["actor", "reference", "reward", "rollout"]
     assert [place.role for place in plan(free).places] == roles
-    assert free.resources.bundles("ppo", free.roles) == [{"CPU": 0.25, "GPU": 0}] * 4
+    assert plan(free).demand == [{"CPU": 0.25}] * 4
     with pytest.raises(RecipeError, match=r"does not divide over\s+resources\.critic"):
         recipe()
 

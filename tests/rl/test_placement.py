@@ -6,8 +6,9 @@ import pytest
 import ray
 
 from rayrlhf.config import Recipe, RecipeError, parse
-from rayrlhf.rl import groups
-from rayrlhf.rl.placement import launch, plan
+from rayrlhf.rl import waiting
+from rayrlhf.rl.layout import plan
+from rayrlhf.rl.placement import launch
 
 
 def recipe(**resources: Any) -> Recipe:
@@ -25,7 +26,7 @@ def test_five_roles_one_bundle_each() -> None:
         "reward",
         "rollout",
     ]
-    assert layout.bundles == [{"CPU": 0.25}] * 5
+    assert layout.bundles == ({"CPU": 0.25},) * 5
 
 
 def test_ranks_of_a_role_follow_each_other() -> None:
@@ -76,11 +77,121 @@ def test_a_shortage_names_the_resource(
         plan(recipe(**resources), nodes)
 
 
+ONE_GPU = {"gpus": 1}
+ALL_ON_GPU = dict.fromkeys(("actor", "critic", "reference", "reward", "rollout"), ONE_GPU)
+LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, float]], dict[str, Any]]] = {
+    # resources; bundles; per worker: bundle, CPUs, GPUs (bundles of an engine in several: its part)
+    "two engines of two GPUs each": (
+        {"rollout": {"num_workers": 2, "gpus": 2}, "actor": ONE_GPU},
+        [{"CPU": 0.25, "GPU": 1}, *[{"CPU": 0.25}] * 3, *[{"CPU": 0.25, "GPU": 2}] * 2],
+        {"actor 0": (0, 0.25, 1), "rollout 0": (4, 0.25, 2), "rollout 1": (5, 0.25, 2)},
+    ),
+    "critic and reward model on one device": (
+        {
+            "critic": {"gpus": 0.6, "num_workers": 2},
+            "reward": {"gpus": 0.4, "shares": "critic", "cpus": 0.5},
+        },
+        [{"CPU": 0.25}, {"CPU": 0.75, "GPU": 1}, {"CPU": 0.25, "GPU": 0.6}, *[{"CPU": 0.25}] * 2],
+        {"critic 0": (1, 0.25, 0.6), "critic 1": (2, 0.25, 0.6), "reward 0": (1, 0.5, 0.4)},
+    ),
+    "colocated on one GPU": (
+        {"layout": "colocated", **ALL_ON_GPU},
+        [{"CPU": 0.25, "GPU": 1}],
+        {"actor 0": (0, 0.05, 0.2), "rollout 0": (0, 0.05, 0.2)},
+    ),
+    "colocated, with reference and reward on CPU": (
+        {"layout": "colocated", "actor": ONE_GPU, "critic": ONE_GPU, "rollout": ONE_GPU},
+        [{"CPU": 0.25, "GPU": 1}, {"CPU": 0.25}, {"CPU": 0.25}],
+        {"actor 0": (0, 0.0833, 0.3333), "reference 0": (1, 0.25, 0), "reward 0": (2, 0.25, 0)},
+    ),
+    "colocated, two engines over two of four GPUs each": (
+        {
+            "layout": "colocated",
+            "actor": {"gpus": 1, "num_workers": 4, "cpus": 2},
+            "critic": {"gpus": 1, "num_workers": 2},
+            "rollout": {"gpus": 2, "num_workers": 2},
+        },
+        [{"CPU": 2, "GPU": 1}] * 4 + [{"CPU": 0.25}] * 2,
+        {
+            "actor 0": (0, 0.6666, 0.3333),
+            "actor 3": (3, 1, 0.5),
+            "critic 1": (1, 0.6666, 0.3333),
+            "rollout 0": (0, 0.6666, 0, (0, 1), 0.3333),
+            "rollout 1": (2, 1, 0, (2, 3), 0.5),
+        },
+    ),
+    "colocated on two cores": (
+        {"layout": "colocated", "actor": {"cpus": 2}, "critic": {"cpus": 2, "num_workers": 2}},
+        [{"CPU": 2}, {"CPU": 2}],
+        {"actor 0": (0, 0.4, 0), "critic 1": (1, 2, 0), "rollout 0": (0, 0.4, 0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str) -> None:
+    resources, bundles, places = LAYOUTS[name]
+    layout = plan(recipe(**resources))
+    assert list(layout.bundles) == bundles
+    found = {
+        f"{p.role} {p.rank}": (p.bundle, p.cpus, p.gpus, *((p.spread, p.share) if p.spread else ()))
+        for p in layout.places
+    }
+    assert {worker: found[worker] for worker in places} == places
+    assert layout.takes_turns == name.startswith("colocated")
+    # What the workers take fits into their bundles.
+    for index, bundle in enumerate(layout.bundles):
+        here = [place for place in layout.places if place.bundle == index]
+        over = [place for place in layout.places if index in place.spread]
+        assert sum(p.cpus for p in here) <= bundle["CPU"] + 1e-9
+        gpus = sum(p.gpus for p in here) + sum(p.share for p in over)
+        assert gpus <= bundle.get("GPU", 0) + 1e-9
+
+
+def test_who_shares_with_a_critic_that_is_not_there_is_on_its_own() -> None:
+    resources = {"critic": {"gpus": 0.5}, "reward": {"gpus": 0.5, "shares": "critic"}}
+    tree = {"prompts": "p", "advantage_estimator": "reinforce_pp"}
+    free = parse({"name": "x", "model": {"path": "m"}, "ppo": tree, "resources": resources})
+    assert {"CPU": 0.25, "GPU": 0.5} in plan(free).bundles
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"),
+    [
+        ({"reward": {"shares": "reward"}}, "name a role that has"),
+        ({"reward": {"shares": "critic"}, "critic": {"shares": "actor"}}, "name a role that has"),
+        (
+            {"reward": {"shares": "critic", "gpus": 1}, "critic": {"gpus": 1}},
+            r"critic, reward ask for 2 GPU together",
+        ),
+        ({"reward": {"shares": "critic"}, "critic": {"gpus": 1}}, "1 GPU together"),
+        ({"layout": "colocated", "actor": {"gpus": 0.5}}, r"set resources\.actor\.gpus=1"),
+        ({"layout": "colocated", "reward": {"shares": "critic"}}, "no effect"),
+    ],
+)
+def test_impossible_neighbours_are_refused(resources: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        recipe(**resources)
+
+
+def test_who_takes_turns_cannot_run_ahead() -> None:
+    tree = {"prompts": "p", "max_staleness": 1}
+    with pytest.raises(RecipeError, match=r"take turns: set resources\.layout=\s?disaggregated"):
+        parse(
+            {
+                "name": "x",
+                "model": {"path": "m"},
+                "ppo": tree,
+                "resources": {"layout": "colocated"},
+            }
+        )
+
+
 @pytest.mark.ray
 def test_a_placement_group_that_never_becomes_ready_names_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(groups, "LINE_EVERY_S", 0.5)
+    monkeypatch.setattr(waiting, "LINE_EVERY_S", 0.5)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with (

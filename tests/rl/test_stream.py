@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import PPOConfig
 from rayrlhf.metrics import MetricsLogger, read_jsonl
-from rayrlhf.rl import groups, ppo, ppo_async
+from rayrlhf.rl import ppo, ppo_async, waiting
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import restore
 from rayrlhf.rl.stream import make_stream
@@ -22,7 +22,7 @@ PROMPTS = Prompts([[3, 4, i] for i in range(40)], seed=0, batch_size=4)
 
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "ray", ThreadedRay)
+    monkeypatch.setattr(waiting, "ray", ThreadedRay)
 
 
 def config(**keys: Any) -> PPOConfig:

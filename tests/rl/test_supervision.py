@@ -8,10 +8,11 @@ import ray.exceptions
 import torch
 
 from rayrlhf.config import RecipeError
-from rayrlhf.rl import groups, supervision
-from rayrlhf.rl.groups import CriticGroup, ReferenceGroup, RolloutGroup, wait_all
+from rayrlhf.rl import groups, supervision, waiting
+from rayrlhf.rl.groups import CriticGroup, ReferenceGroup, RolloutGroup
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import LearnerLost, Supervisor, reason
+from rayrlhf.rl.waiting import wait_all
 from tests.rl.inline import InlineHandle, InlineRay
 
 DEAD = ray.exceptions.ActorDiedError()
@@ -272,7 +273,7 @@ def test_the_deadline_of_a_repeated_call_begins_anew(
             timeouts.append(timeout)
             return InlineRay.wait(refs, num_returns, timeout)
 
-    monkeypatch.setattr(groups, "ray", Watched)
+    monkeypatch.setattr(waiting, "ray", Watched)
     pending.wait()
     assert timeouts[0] < 0.2 and min(timeouts[1:]) > 4
 

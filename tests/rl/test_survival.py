@@ -13,11 +13,11 @@ from rayrlhf.config import parse
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups, ppo
-from rayrlhf.rl.groups import wait_all
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.supervision import Supervisor
+from rayrlhf.rl.waiting import wait_all
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from rayrlhf.training.checkpoint import is_complete
 from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayrlhf.config import TrainingConfig
+from rayrlhf.training.backend.offload import HostCopies
 from rayrlhf.training.backend.optimizer import learning_rate, may_update
 from rayrlhf.training.backend.precision import forward_precision
 from rayrlhf.training.backend.state import SavedState, Slot, file_of, save_slots
@@ -35,6 +36,7 @@ class Backend(ABC):
         self.num_steps = 0
         self.num_skipped = 0
         self._precision = forward_precision(cfg, device)
+        self._away: HostCopies | None = None
 
     @property
     def data_rank(self) -> int:
@@ -69,6 +71,7 @@ class Backend(ABC):
         every rank leave weights and moments as they are; `skipped_steps` counts how often that has
         happened. The schedule goes on all the same.
         """
+        self.rest(asleep=False)
         rate = self.rate(self.num_steps)
         for group in self._optimizer().param_groups:
             group["lr"] = rate
@@ -103,6 +106,7 @@ class Backend(ABC):
 
     def save_state(self, folder: str | Path) -> None:
         """Write what `load_state` needs into `folder` (which exists); every rank calls it."""
+        self.rest(asleep=False)
         meta = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
         for part, slots in enumerate(self._slots(changes=False)):
             path = file_of(folder, self.rank, self.world_size, part)
@@ -119,12 +123,27 @@ class Backend(ABC):
         Raises RecipeError for a folder that is incomplete, or of a model that trains other
         parameters.
         """
+        self.rest(asleep=False)
         saved = SavedState(folder)
         saved.check(name for name, p in self.module.named_parameters() if p.requires_grad)
         self.num_steps = saved.meta["num_steps"]
         self.num_skipped = saved.meta["num_skipped"]
         for slots in self._slots(changes=True):
             saved.restore(slots, self._optimizer().state)
+
+    def rest(self, asleep: bool) -> None:
+        """Move the optimizer's state to host memory, or back; each rank its own part.
+
+        Asleep, the module computes; `step`, `save_state` and `load_state` wake it up.
+        """
+        if asleep and self._away is None:
+            states = self._optimizer().state.values()
+            self._away = HostCopies(
+                value for state in states for value in state.values() if isinstance(value, Tensor)
+            )
+        elif not asleep and self._away is not None:
+            self._away.bring_back()
+            self._away = None
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, float32 CPU tensor) of every weight, shared ones once; every rank calls it.

@@ -1,0 +1,41 @@
+"""Rollouts ahead of the learner, and roles on one device, as the user runs them: Ray and vLLM."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.metrics import read_jsonl
+from tests.rl.inline import engine_model, timeless
+from tests.rl.test_ppo_ray import finish, make_run, start
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ahead_interrupted_and_colocated(tmp_path: Path, tiny_model: Path) -> None:
+    model = engine_model(tmp_path / "model", tiny_model)
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "alone": ({}, {}),
+        "colocated": ({}, {"layout": "colocated"}),
+        "ahead": ({"max_staleness": 1}, {"rollout": {"num_workers": 2}}),
+        "interrupted": ({"max_staleness": 1, "stale": "drop", "interrupt": True}, {}),
+    }
+    recipes = []
+    for name, (ppo, resources) in ways.items():
+        recipe = make_run(tmp_path / name, model)
+        recipe["ppo"] |= {"steps": 3, "save_every": 100, **ppo}
+        recipe["resources"] = resources
+        recipes.append(recipe)
+    log = tmp_path / "log"
+    finish(start(log, *recipes), log)
+    rows = {name: read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ways}
+
+    # Turns change nothing but who waits for whom.
+    assert timeless(rows["colocated"]) == timeless(rows["alone"])
+    assert [row["rollout/staleness_max"] for row in rows["ahead"]] == [0, 1, 1]
+    assert [row["kl/rollout_mismatch"] is None for row in rows["ahead"]] == [False, True, True]
+    for row in rows["ahead"] + rows["interrupted"]:
+        assert row["policy/first_ratio"] == 1
+        assert row["rollout/staleness_max"] <= 1
+        assert 0.5 < row["importance/weight_mean"] < 2
+    assert [row["weights/version"] for row in rows["interrupted"]] == [1, 2, 3]
