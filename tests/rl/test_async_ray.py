@@ -18,7 +18,11 @@ def test_ahead_interrupted_and_colocated(tmp_path: Path, tiny_model: Path) -> No
         "alone": ({}, {}),
         "colocated": ({}, {"layout": "colocated"}),
         "ahead": ({"max_staleness": 1}, {"rollout": {"num_workers": 2}}),
-        "interrupted": ({"max_staleness": 1, "stale": "drop", "interrupt": True}, {}),
+        "interrupted": (
+            {"max_staleness": 1, "stale": "drop", "interrupt": True, "max_response_tokens": 48}
+            | {"steps": 6, "num_minibatches": 1},
+            {},
+        ),
     }
     recipes = []
     for name, (ppo, resources) in ways.items():
@@ -38,4 +42,5 @@ def test_ahead_interrupted_and_colocated(tmp_path: Path, tiny_model: Path) -> No
         assert row["policy/first_ratio"] == 1
         assert row["rollout/staleness_max"] <= 1
         assert 0.5 < row["importance/weight_mean"] < 2
-    assert [row["weights/version"] for row in rows["interrupted"]] == [1, 2, 3]
+    assert [row["weights/version"] for row in rows["interrupted"]] == list(range(1, 7))
+    assert any(row["rollout/interrupted_fraction"] > 0 for row in rows["interrupted"])
