@@ -279,9 +279,10 @@ def trl_reward(folder: Path, steps: int) -> float:
     clock = _clock()
     config = RewardConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=36,  # as many pairs as one comparison has
+        # A comparison has 36 pairs. A third at a time: 5 GB of activations, not 11.
+        per_device_train_batch_size=12,
         per_device_eval_batch_size=36,
-        gradient_accumulation_steps=REWARD_BATCH,
+        gradient_accumulation_steps=3 * REWARD_BATCH,
         max_steps=steps,
         max_length=256,
         learning_rate=REWARD_RATE,
