@@ -98,8 +98,9 @@ def test_never_are_two_awake_on_one_device(
         ppo.optimize(cfg, roles, PROMPTS, restore(cfg, None), log, tokenizer)
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     last = device.events[-1 - device.events[::-1].index("rollout generate") :]
-    steps = [event for event in last if "score" not in event and "values" not in event]
-    assert [event for event in steps if "log_probs" not in event] == [
+    evaluated = ("score", "values", "log_probs")
+    steps = [event for event in last if not event.endswith(evaluated)]
+    assert steps[:-2] == [
         "rollout generate",
         "rollout sleeps",  # room to evaluate
         "critic wakes",
@@ -111,9 +112,8 @@ def test_never_are_two_awake_on_one_device(
         "actor sleeps",
         "rollout wakes",
         "rollout load_weights",
-        "actor save",
-        "critic save",
     ]
+    assert set(steps[-2:]) == {"actor save", "critic save"}  # at the same time
     assert device.awake == {"rollout"}
 
 
@@ -124,10 +124,10 @@ def test_each_sleeps_after_its_start(colocated: tuple[Roles, Device]) -> None:
         "actor sleeps",
         "critic starts",
         "critic sleeps",
-        "reference starts",
-        "reward starts",
+        *device.events[4:6],
         "rollout starts",
     ]
+    assert set(device.events[4:6]) == {"reference starts", "reward starts"}  # at the same time
 
 
 def test_learners_that_were_ended_are_not_sent_to_sleep() -> None:
