@@ -26,6 +26,7 @@ COMMANDS = {
     "dpo": "train the policy on ranked completions, without a reward model",
     "ppo": "train the policy against the reward model",
     "evaluate": "compare the stages and write report.html",
+    "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
 }
 
@@ -36,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log: Path | None = None
     try:
         recipe = run_dir.settle(load(args.recipe, args.overrides))
-        with run_dir.held(recipe):
-            log = recipe.path / "log.txt"
+        # People judge for days, and a run goes on meanwhile.
+        part = "label" if args.command == "label" else ""
+        with run_dir.held(recipe, part):
+            log = recipe.path / part / "log.txt"
             with console.capture(log):
                 return _run(args.command, recipe)
     except RecipeError as error:
@@ -73,6 +76,16 @@ def _run(command: str, recipe: "Recipe") -> int:
         from rayrlhf.data.builtin import prepare
 
         prepare(recipe)
+        return 0
+    if command == "label":
+        if recipe.label is None:
+            raise RecipeError(
+                "the recipe has no section label: add one with labellers and items, for example "
+                "label: {labellers: [ann, bob], items: items.jsonl}"
+            )
+        from rayrlhf.serving.label import label
+
+        label(recipe)
         return 0
     stages = recipe.stages if command == "pipeline" else (command,)
     for stage in stages:
@@ -129,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayrlhf",
         usage="rayrlhf COMMAND RECIPE [key.sub=value ...]",
         description="Train a GPT assistant the whole way on Ray: pretraining, SFT, reward model, "
-        "DPO, PPO, evaluation.",
+        "DPO, PPO, evaluation, labelling.",
         epilog=f"commands:\n{commands}\n\nexample:\n"
         "  rayrlhf pipeline configs/quickstart.yaml ppo.steps=20",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -43,15 +43,17 @@ def settle(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def held(recipe: Recipe) -> Iterator[None]:
+def held(recipe: Recipe, part: str = "") -> Iterator[None]:
     """Keep other commands out of the run directory during the block, or for as long as it lives.
 
-    Raises RecipeError when the directory cannot be written, or another command holds it.
+    With `part`, only out of that folder in it. Raises RecipeError when the directory cannot be
+    written, or another command holds it.
     """
+    folder = recipe.path / part
     try:
-        recipe.path.mkdir(parents=True, exist_ok=True)
-        (recipe.path / "log.txt").open("a").close()
-        file = (recipe.path / ".lock").open("a+", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").open("a").close()
+        file = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise RecipeError(
             f"run_dir={recipe.path}: cannot be written ({error.strerror}): set run_dir to a folder "
@@ -62,9 +64,9 @@ def held(recipe: Recipe) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
-                raise RecipeError(_who_holds(recipe.path, file.name)) from None
+                raise RecipeError(_who_holds(folder, file.name)) from None
             console.warn(
-                f"{recipe.path}: its file system has no locks ({error.strerror}): "
+                f"{folder}: its file system has no locks ({error.strerror}): "
                 "see to it yourself that no other command writes there"
             )
         file.truncate(0)

@@ -32,6 +32,7 @@ NEVER = {
     "training": {"rayrlhf.rl", "rayrlhf.serving", "rayrlhf.generation", "vllm"},
     "evaluation": {"ray", "rayrlhf.training.loop", "rayrlhf.rl"},
     "rl": {"vllm", "ray.serve", "rayrlhf.cli"},
+    "serving": {"rayrlhf.training", "rayrlhf.rl", "vllm"},
 }
 # These import nothing of rayrlhf but themselves.
 ALONE = {"config", "metrics", "algorithms"}

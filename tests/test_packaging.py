@@ -160,11 +160,12 @@ def test_dependencies_are_few_and_have_reasons() -> None:
     assert len(pyproject()["project"]["dependencies"]) <= 12
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     tables = re.findall(
-        r"^(?:dependencies|builtin|corpus|lora|qlora|tracking|cpu|gpu|dev) = \[\n(.*?)^\]",
+        r"^(?:dependencies|builtin|corpus|label|postgres|lora|qlora|tracking|cpu|gpu|dev) = "
+        r"\[\n(.*?)^\]",
         text,
         re.M | re.S,
     )
-    assert len(tables) == 9
+    assert len(tables) == 11
     for line in "".join(tables).splitlines():
         assert re.fullmatch(r'    ".+",  # \S.*', line), line
 

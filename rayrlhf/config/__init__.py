@@ -8,6 +8,7 @@ exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help
 from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.label import ArenaConfig, LabelConfig, SampleConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reading import load, parse
@@ -38,6 +39,7 @@ __all__ = [
     "ROLES",
     "STAGES",
     "TRAINED_STAGES",
+    "ArenaConfig",
     "CorpusConfig",
     "DPOConfig",
     "EarlyStopping",
@@ -45,6 +47,7 @@ __all__ = [
     "EvaluateConfig",
     "Filter",
     "Fraction",
+    "LabelConfig",
     "LoraConfig",
     "LossSpikeConfig",
     "ModelConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "RoleResources",
     "RoleTrainingConfig",
     "SFTConfig",
+    "SampleConfig",
     "Section",
     "SourceConfig",
     "StageConfig",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrlhf.config.corpus import CorpusConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.label import LabelConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ROLES, ResourcesConfig, Role
@@ -43,6 +44,8 @@ class Recipe(Section):
     dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
+    label: LabelConfig | None = None
+    """No stage: `pipeline` leaves it to `rayrlhf label`, which runs as long as people judge."""
 
     @property
     def path(self) -> Path:
@@ -116,7 +119,8 @@ class Recipe(Section):
                 "there is no model to start from: add a pretrain section, "
                 "or set model.path to an existing model"
             )
-        if self.tokenizer.path is None and self.corpus is None and self.model.path is None:
+        texts = (self.tokenizer.path, self.corpus, self.model.path)
+        if all(each is None for each in texts) and (self.stages or self.label is None):
             raise ValueError(
                 "there is no text to train a tokenizer on: add a corpus section, "
                 "or set tokenizer.path to an existing tokenizer"
@@ -125,6 +129,8 @@ class Recipe(Section):
             self._rows_fit(self.corpus)
         if self.ppo is not None:
             self._ppo_fits(self.ppo)
+        if self.label is not None:
+            self._answers_fit(self.label)
         if self.resources.sequence_parallel > 1:
             self._sequences_split()
         return self
@@ -150,6 +156,14 @@ class Recipe(Section):
                 raise ValueError(
                     f"attention=flex does not go with resources.sequence_parallel={ranks}, which "
                     "computes each document by itself: set attention=auto"
+                )
+
+    def _answers_fit(self, label: LabelConfig) -> None:
+        for key, part in (("sample", label.sample), ("arena", label.arena)):
+            if part is not None and part.max_response_tokens >= self.model.max_length:
+                raise ValueError(
+                    f"label.{key}.max_response_tokens={part.max_response_tokens} leaves no room "
+                    f"for a prompt within model.max_length={self.model.max_length}: set it lower"
                 )
 
     def _ppo_fits(self, ppo: PPOConfig) -> None:

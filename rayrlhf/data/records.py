@@ -1,7 +1,8 @@
 """Records of data files: read, checked one by one, errors with file and line.
 
 Kinds: `document` (text), `demonstration` (prompt + response, or messages), `comparison` (prompt,
-responses, ranks; or chosen / rejected) and `prompt` (prompt, or messages). Extra columns are kept.
+responses, ranks; or chosen / rejected), `item` (a comparison that nobody ranked yet: its ranks, if
+any, are not read) and `prompt` (prompt, or messages). Extra columns are kept.
 """
 
 import math
@@ -14,7 +15,7 @@ from rayrlhf.data import inputs, storage
 from rayrlhf.data.inputs import Record
 
 __all__ = ["Kind", "Record", "check", "check_exactly", "iter_records", "read_records"]
-Kind = Literal["document", "demonstration", "comparison", "prompt"]
+Kind = Literal["document", "demonstration", "comparison", "item", "prompt"]
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -91,17 +92,7 @@ def _check_comparison(where: str, record: Record) -> Record:
         _text(where, record, "rejected")
         rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
         return {**rest, "responses": [record["chosen"], record["rejected"]], "ranks": [1, 2]}
-    responses = _field(where, record, "responses", instead="chosen and rejected")
-    if not isinstance(responses, list) or not all(isinstance(r, str) and r for r in responses):
-        raise RecipeError(
-            f"{where}: responses={_short(responses)} must be a list of non-empty "
-            "strings: correct this record"
-        )
-    if not MIN_RESPONSES <= len(responses) <= MAX_RESPONSES:
-        raise RecipeError(
-            f"{where}: {len(responses)} responses, but K must be from "
-            f"{MIN_RESPONSES} to {MAX_RESPONSES}: split or remove this record"
-        )
+    responses = _responses(where, record, instead="chosen and rejected")
     ranks = _field(where, record, "ranks")
     if not isinstance(ranks, list) or not all(type(r) is int and r >= 1 for r in ranks):
         raise RecipeError(
@@ -115,6 +106,27 @@ def _check_comparison(where: str, record: Record) -> Record:
         )
     _check_ratings(where, record, len(responses))
     return record
+
+
+def _check_item(where: str, record: Record) -> Record:
+    _text(where, record, "prompt")
+    _responses(where, record)
+    return record
+
+
+def _responses(where: str, record: Record, *, instead: str = "") -> list[str]:
+    responses = _field(where, record, "responses", instead=instead)
+    if not isinstance(responses, list) or not all(isinstance(r, str) and r for r in responses):
+        raise RecipeError(
+            f"{where}: responses={_short(responses)} must be a list of non-empty "
+            "strings: correct this record"
+        )
+    if not MIN_RESPONSES <= len(responses) <= MAX_RESPONSES:
+        raise RecipeError(
+            f"{where}: {len(responses)} responses, but K must be from "
+            f"{MIN_RESPONSES} to {MAX_RESPONSES}: split or remove this record"
+        )
+    return responses
 
 
 def _check_ratings(where: str, record: Record, num_responses: int) -> None:
@@ -148,6 +160,7 @@ _CHECKS: dict[Kind, Callable[[str, Record], Record]] = {
     "document": _check_document,
     "demonstration": _check_demonstration,
     "comparison": _check_comparison,
+    "item": _check_item,
     "prompt": _check_prompt,
 }
 

@@ -1,9 +1,10 @@
-"""How well scores agree with people's ratings: pair accuracy, Pearson's r, calibration.
+"""How well scores agree with people's ratings, and people with each other.
 
 Pairs are all pairs of texts with a different mean rating; equal means are left out, and equal
 scores count half. One human rater, judged by the mean of the others, is the ceiling.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,50 @@ def human_ceiling(ratings: Sequence[Sequence[float]]) -> float | None:
         if pairs is not None:
             found.append(pairs.accuracy)
     return float(np.mean(found)) if found else None
+
+
+def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float | None:
+    """Return Krippendorff's ordinal alpha: 1 full agreement, 0 chance, below 0 systematic dispute.
+
+    `units[i]` are the values that different people gave to unit i, as many as there are; units with
+    fewer than two say nothing. None without such units, or when all values are the same.
+    Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section D.
+    """
+    paired = [np.asarray(values, dtype=np.float64) for values in units if len(values) > 1]
+    if not paired:
+        return None
+    levels, index = np.unique(np.concatenate(paired), return_inverse=True)
+    coincidences = np.zeros((len(levels), len(levels)))
+    start = 0
+    for values in paired:
+        counts = np.bincount(index[start : start + len(values)], minlength=len(levels))
+        pairs = np.outer(counts, counts) - np.diag(counts)
+        coincidences += pairs / (len(values) - 1)
+        start += len(values)
+    totals = coincidences.sum(axis=1)
+    # Distance of two levels: the values from one to the other, half of those at both ends.
+    middles = np.cumsum(totals) - totals / 2
+    distances = (middles[:, None] - middles[None, :]) ** 2
+    expected = float((np.outer(totals, totals) * distances).sum())
+    if expected == 0:
+        return None
+    return 1.0 - (float(totals.sum()) - 1.0) * float((coincidences * distances).sum()) / expected
+
+
+def order_agreement(rankings: Sequence[Sequence[Sequence[float]]]) -> PairAccuracy | None:
+    """Return the share of pairs that two people put in the same order, ties of either left out.
+
+    `rankings[i]` are the ranks (K,) that different people gave to the responses of item i. Source:
+    the agreement between labellers of InstructGPT, section 3.4. None without such pairs.
+    """
+    same, num_pairs = 0, 0
+    for ranks in rankings:
+        signs = [np.sign(np.subtract.outer(r, r))[np.triu_indices(len(r), 1)] for r in ranks]
+        for one, other in itertools.combinations(signs, 2):
+            both = (one != 0) & (other != 0)
+            num_pairs += int(both.sum())
+            same += int((one == other)[both].sum())
+    return PairAccuracy(same / num_pairs, num_pairs) if num_pairs else None
 
 
 def calibration(

@@ -1,0 +1,59 @@
+"""A model that answers people: a Ray Serve deployment around the engine of generation.py.
+
+The engine answers one batch at a time in a thread; what people ask meanwhile forms the next one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from ray import serve
+from transformers import AutoTokenizer
+
+from rayrlhf.config import ArenaConfig
+from rayrlhf.data.datasets import encode_prompt
+from rayrlhf.data.records import Record
+from rayrlhf.generation import Engine
+from rayrlhf.serving.arena import Reply
+
+MAX_BATCH = 16
+
+
+class ArenaModel:
+    """One model that answers people's prompts."""
+
+    def __init__(self, folder: str, cfg: ArenaConfig, max_length: int, num_threads: int) -> None:
+        """Load a Hugging Face folder; `max_length` bounds prompt and answer together (tokens)."""
+        self._cfg, self._room = cfg, max_length - cfg.max_response_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._engine = Engine(
+            folder, max_length=max_length, memory_gib=cfg.memory_gib, num_threads=num_threads
+        )
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.01)
+    async def answer(self, prompts: list[str], seeds: list[int]) -> list[Reply]:
+        """Answer each prompt by itself; `seeds[i]` alone decides the random numbers of answer i."""
+        return await asyncio.to_thread(self._answer, prompts, seeds)
+
+    def _answer(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+        ids = [encode_prompt(self._record(prompt), self._tokenizer) for prompt in prompts]
+        fits = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self._room]
+        done = self._engine.generate(
+            [ids[i] for i in fits],
+            max_tokens=self._cfg.max_response_tokens,
+            temperature=self._cfg.temperature,
+            seeds=[seeds[i] for i in fits],
+        )
+        replies = {
+            i: Reply(self._tokenizer.decode(each.token_ids, skip_special_tokens=True))
+            for i, each in zip(fits, done, strict=True)
+        }
+        return [
+            replies.get(i)
+            or Reply("", f"the prompt has {len(tokens)} tokens, but {self._room} fit: shorten it")
+            for i, tokens in enumerate(ids)
+        ]
+
+    def _record(self, prompt: str) -> Record:
+        if self._cfg.prompt_format == "chat":
+            return {"messages": [{"role": "user", "content": prompt}]}
+        return {"prompt": prompt}

@@ -1,0 +1,34 @@
+"""The arena: two models, drawn at random and on sides drawn at random, answer a person's prompt."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from rayrlhf.serving.store import Battle
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answers, or why it cannot."""
+
+    text: str
+    error: str = ""
+
+
+Ask = Callable[[str, str, int], Awaitable[Reply]]
+"""(model, prompt, seed) -> reply"""
+
+
+async def fight(ask: Ask, names: Sequence[str], key: str, prompt: str) -> Battle:
+    """Let two of the models, drawn at random, answer a prompt; sides are drawn, too.
+
+    Raises ValueError with a text for the person when a model cannot answer.
+    """
+    left, right = secrets.SystemRandom().sample(list(names), 2)
+    seeds = (secrets.randbits(62), secrets.randbits(62))
+    replies = await asyncio.gather(ask(left, prompt, seeds[0]), ask(right, prompt, seeds[1]))
+    for reply in replies:
+        if reply.error:
+            raise ValueError(reply.error)
+    return Battle(key, prompt, (left, right), (replies[0].text, replies[1].text), seeds)

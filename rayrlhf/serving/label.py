@@ -1,0 +1,220 @@
+"""`rayrlhf label`: open the page on Ray Serve, and close it with what people said as records.
+
+1 items     read, or sampled from a policy once, into the queue
+2 models    of the arena, one Serve deployment each
+3 page      FastAPI behind Ray Serve; prints the URL, runs until Ctrl-C
+4 records   <run>/label/comparisons.jsonl and arena.comparisons.jsonl
+"""
+
+import errno
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from rayrlhf import console, session
+from rayrlhf.config import LabelConfig, Recipe, RecipeError
+from rayrlhf.data import builtin
+from rayrlhf.data.records import read_records
+from rayrlhf.models.folder import load_config
+from rayrlhf.serving import exchange
+from rayrlhf.serving.answering import MAX_BATCH, ArenaModel
+from rayrlhf.serving.api import create_app
+from rayrlhf.serving.arena import Ask, Reply
+from rayrlhf.serving.database import Database
+from rayrlhf.serving.sampling import sample_items
+from rayrlhf.serving.sessions import VARIABLE, load_secret
+from rayrlhf.serving.store import Store
+
+FOLDER = "label"
+"""Below the run directory."""
+PAGE_CPUS = 0.1
+PORT_S = 30.0
+"""How long a port that is still in use is waited for: that of a server killed just now."""
+
+
+@serve.ingress()
+class LabelPage:
+    """The page's one replica: when it dies, Ray Serve starts it again, and nothing is lost."""
+
+    def __init__(
+        self, cfg: LabelConfig, folder: Path, secret: str, models: dict[str, DeploymentHandle]
+    ) -> None:
+        """`models` answer in the arena, by name; `folder` holds SQLite's file."""
+        self._store = Store(Database(cfg.database, folder), claim_s=cfg.claim_s)
+        self._cfg, self._secret, self._models = cfg, secret, models
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._store, self._cfg, self._secret, self._ask())
+
+    def _ask(self) -> Ask | None:
+        async def ask(model: str, prompt: str, seed: int) -> Reply:
+            reply: Reply = await self._models[model].answer.remote(prompt, seed)
+            return reply
+
+        return ask if self._models else None
+
+
+def label(recipe: Recipe) -> Path:
+    """Serve the page until Ctrl-C; return the folder with the database and the records.
+
+    Raises RecipeError when items, models, database, secret or port are wrong, before Ray starts.
+    """
+    cfg = recipe.label
+    assert cfg is not None, "the command line checks that the section is there"
+    folder = (recipe.path / FOLDER).absolute()
+    secret, made = load_secret(folder)
+    models = _models(cfg)
+    _wait_for_port(cfg)
+    database = Database(cfg.database, folder)
+    store = Store(database, claim_s=cfg.claim_s)
+    _fill_queue(recipe, cfg, store, folder)  # 1
+    name = f"label-{recipe.name}"
+    engine = recipe.resources.rollout
+    session.connect(recipe)
+    session.require(
+        [{"CPU": PAGE_CPUS}, *[{"CPU": engine.cpus, "GPU": engine.gpus}] * len(models)],
+        wait_s=recipe.resources.wait_s,
+        stage="label",
+    )
+    _serve(cfg, _application(recipe, cfg, folder, secret, models), name)  # 2, 3
+    _greet(cfg, folder, secret if made else None)
+    try:
+        _watch(name)
+    except KeyboardInterrupt:
+        console.say(f"{'label':>9} closing the page")
+    finally:
+        if session.is_local():
+            serve.shutdown()
+        else:
+            serve.delete(name)
+        export(store, folder)  # 4
+        database.close()
+    return folder
+
+
+def export(store: Store, folder: Path) -> None:
+    """Write what people said so far as comparison records, and say how much that is."""
+    ranked, voted = exchange.ranked_records(store), exchange.voted_records(store)
+    for file, records in ((exchange.FILE, ranked), (f"arena.{exchange.FILE}", voted)):
+        if records:
+            exchange.write(folder / file, records)
+            console.say(f"{'label':>9} {len(records)} comparisons in {folder / file}")
+    if not ranked and not voted:
+        console.say(f"{'label':>9} nobody has judged anything yet")
+
+
+def _models(cfg: LabelConfig) -> dict[str, str]:
+    """Return name and folder (or hub name) of the arena's models; raises RecipeError."""
+    found = {}
+    for name, path in (cfg.arena.models if cfg.arena is not None else {}).items():
+        found[name] = builtin.resolve(path)
+        try:
+            load_config(found[name])
+        except RecipeError as error:
+            raise RecipeError(f"label.arena.models.{name}: {error}") from None
+    return found
+
+
+def _wait_for_port(cfg: LabelConfig) -> None:
+    """Return when the port is free; raises RecipeError when it stays in use."""
+    until = time.monotonic() + PORT_S
+    while True:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((cfg.host, cfg.port))
+                return
+        except OSError as error:
+            place = f"label.host={cfg.host}, label.port={cfg.port}"
+            if error.errno != errno.EADDRINUSE:
+                raise RecipeError(
+                    f"{place}: cannot listen there ({error.strerror}): set label.host to an "
+                    "address of this machine, such as 127.0.0.1, and another port"
+                ) from None
+            if not session.is_local():
+                return  # Serve of the cluster may listen there already, and then takes this page
+            if time.monotonic() > until:
+                raise RecipeError(
+                    f"{place}: another program listens there: stop it, or set label.port to "
+                    "another one"
+                ) from None
+            time.sleep(0.5)
+
+
+def _fill_queue(recipe: Recipe, cfg: LabelConfig, store: Store, folder: Path) -> None:
+    if not cfg.ranks:
+        return
+    path = cfg.items
+    if cfg.sample is not None:
+        sampled = folder / "items.jsonl"
+        if not sampled.is_file():
+            console.say(f"{'label':>9} sampling from {cfg.sample.model} into {sampled}")
+            sample_items(recipe, cfg.sample, sampled)
+        path = str(sampled)
+    assert path is not None, "LabelConfig.ranks says that there are items"
+    records = read_records(path, "item")
+    number = store.set_items(records, exchange.wanted_people(len(records), cfg))
+    same = f", {len(records) - number} of {len(records)} in {path} twice" * (number < len(records))
+    progress = store.progress()
+    console.say(
+        f"{'label':>9} {number} items{same}; {progress.done} of {progress.wanted} rankings are done"
+    )
+
+
+def _application(
+    recipe: Recipe, cfg: LabelConfig, folder: Path, secret: str, models: dict[str, str]
+) -> serve.Application:
+    """Bind the page to its models; it runs on this node, where its files are."""
+    here = f"node:{ray.util.get_node_ip_address()}"
+    handles: dict[str, Any] = {}
+    engine, max_length = recipe.resources.rollout, recipe.model.max_length
+    for name, path in models.items():
+        deployment = serve.deployment(
+            ArenaModel,
+            name=f"model-{name}",
+            max_ongoing_requests=4 * MAX_BATCH,
+            ray_actor_options={"num_cpus": engine.cpus, "num_gpus": engine.gpus},
+        )
+        handles[name] = deployment.bind(path, cfg.arena, max_length, engine.num_threads)
+    page = serve.deployment(
+        LabelPage,
+        num_replicas=1,
+        max_ongoing_requests=200,
+        ray_actor_options={"num_cpus": PAGE_CPUS, "resources": {here: 0.001}},
+    )
+    return page.bind(cfg, folder, secret, handles)
+
+
+def _serve(cfg: LabelConfig, application: serve.Application, name: str) -> None:
+    serve.start(
+        proxy_location="HeadOnly" if session.is_local() else "EveryNode",
+        http_options={"host": cfg.host, "port": cfg.port},
+    )
+    serve.run(application, name=name, route_prefix="/")
+
+
+def _greet(cfg: LabelConfig, folder: Path, made: str | None) -> None:
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    console.say(f"{'label':>9} http://{host}:{cfg.port}/  sign in as {', '.join(cfg.labellers)}")
+    if made is not None:
+        console.say(f"{'label':>9} secret for all of them, shown this once: {made}")
+    else:
+        console.say(f"{'label':>9} secret: that of {VARIABLE}, or the one in {folder / 'secret'}")
+    console.say(f"{'label':>9} Ctrl-C closes the page and writes the comparisons")
+
+
+def _watch(name: str) -> None:
+    """Wait for Ctrl-C, and say when the page goes down or comes back."""
+    before = "RUNNING"
+    while True:
+        time.sleep(2)
+        state = serve.status().applications[name].status.value
+        if state != before:
+            console.warn(f"{'label':>9} the page is {state}")
+            before = state
