@@ -295,6 +295,24 @@ def test_a_server_that_stops_and_an_answer_that_is_lost(
     second.stop()
 
 
+def test_a_proxys_refusal_is_not_the_servers(
+    browser: Browser, server: Server, queue: Store
+) -> None:
+    """While Ray Serve starts, its proxy answers 404 in plain text: the judgement is kept."""
+    page = browser.page()
+    enter(page, server, "Ann")
+    ready(page, "How do I bake bread?")
+    rank_all(page)
+    page.run(
+        "(() => { const real = window.fetch; window.fetch = async () => { window.fetch = real; "
+        "return new Response('Path not found', {status: 404}); }; })()"
+    )
+    page.click("#submit")
+    ready(page, "Prompt 0")
+    assert len(queue.rankings()) == 1
+    no_errors(page)
+
+
 def test_a_draft_outlives_the_page(browser: Browser, server: Server) -> None:
     page = browser.page(width=390, height=844)
     enter(page, server, "Ann")
@@ -401,7 +419,7 @@ def test_names_roles_and_contrast(browser: Browser, server: Server) -> None:
     ready(page, "How do I bake bread?")
     for place in ("rank", "arena", "status", "signin"):
         page.goto(f"http://127.0.0.1:{server.port}/{place}")
-        page.until("document.querySelector('h1') && document.querySelector('main')")
+        page.until("document.querySelector('main h1') !== null")
         if place == "rank":
             ready(page, "How do I bake bread?")
         page.call("Accessibility.enable")

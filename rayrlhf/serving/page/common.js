@@ -24,10 +24,13 @@ export async function request(method, url, body, timeoutMs = 20000) {
   try {
     data = await answer.json();
   } catch {
-    // A proxy in between answers in its own words.
-    throw new Refusal(answer.ok ? 502 : answer.status, "the server gives no proper answer");
+    data = null;
   }
-  if (!answer.ok) throw new Refusal(answer.status, data.error?.message ?? answer.statusText);
+  // Without the form of our errors it is a proxy that speaks, such as Ray Serve's while it starts.
+  if (data === null || (!answer.ok && !data.error?.message)) {
+    throw new Refusal(502, "the server gives no proper answer");
+  }
+  if (!answer.ok) throw new Refusal(answer.status, data.error.message);
   return data;
 }
 

@@ -87,10 +87,11 @@ function card(text, k, words, set) {
   const flag = button("Flag", `Flag completion ${LETTERS[k]}`, () => toggleFlags(k));
   flag.classList.add("flag");
   flag.setAttribute("aria-expanded", "false");
-  head.append(letter, grip,
-    button("▲", `Completion ${LETTERS[k]}: better`, () => change(k, () => ranking.step(k, -1))),
-    button("▼", `Completion ${LETTERS[k]}: worse`, () => change(k, () => ranking.step(k, 1))),
-    flag);
+  const up = button("▲", "", () => change(k, () => ranking.step(k, -1)));
+  const down = button("▼", `Completion ${LETTERS[k]}: worse`, () => change(k, () => ranking.step(k, 1)));
+  up.classList.add("up");
+  down.classList.add("down");
+  head.append(letter, grip, up, down, flag);
   const body = make("p", "text", text);
   body.dir = "auto";
   box.append(head, body, flagBox(k, words, set));
@@ -166,6 +167,7 @@ function render() {
   const tray = ranking.tray;
   $("tray").replaceChildren(...tray.map((k) => entry(k)));
   $("tray-empty").hidden = tray.length > 0;
+  $("tray").style.minHeight = tray.length ? "" : "0";
   $("tray-head").textContent = tray.length ? `To rank (${tray.length})` : "To rank";
   const rows = [gap(0)];
   ranking.tiers.forEach((tier, at) => {
@@ -182,6 +184,11 @@ function render() {
   $("tiers").replaceChildren(...rows);
   cards.forEach((box, k) => {
     box.setAttribute("aria-label", `Completion ${LETTERS[k]}, ${ranking.describe(k, LETTERS)}`);
+    const up = box.querySelector(".up");
+    up.textContent = tray.includes(k) ? "Rank next" : "▲";
+    up.title = tray.includes(k) ? `Completion ${LETTERS[k]}: rank it next` :
+      `Completion ${LETTERS[k]}: better`;
+    up.setAttribute("aria-label", up.title);
   });
   $("submit").setAttribute("aria-disabled", String(tray.length > 0));
   $("left").textContent = tray.length ? `${tray.length} of ${cards.length} have no rank yet` : "";

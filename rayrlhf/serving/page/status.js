@@ -49,7 +49,7 @@ async function renew() {
     );
     $("people").replaceChildren(...found.labellers.map((one) =>
       row([one.name, one.ranked, one.skipped, one.votes, time(one.median_s)])));
-    $("arena").hidden = found.arena === null;
+    $("arena").hidden = !found.arena?.length;
     $("models").replaceChildren(...(found.arena ?? []).map((one) =>
       row([one.model, percent(one.win_rate), one.battles, one.wins, one.ties, one.both_bad])));
     complain("");
