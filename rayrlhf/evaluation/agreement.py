@@ -80,7 +80,7 @@ def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float | None:
 
     `units[i]` are the values that different people gave to unit i, as many as there are; units with
     fewer than two say nothing. None without such units, or when all values are the same.
-    Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section D.
+    Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011).
     """
     paired = [np.asarray(values, dtype=np.float64) for values in units if len(values) > 1]
     if not paired:

@@ -9,6 +9,8 @@ from rayrlhf.evaluation import agreement
 from rayrlhf.evaluation.agreement import (
     calibration,
     human_ceiling,
+    krippendorff_alpha,
+    order_agreement,
     pair_accuracy,
     pair_accuracy_within,
     pearson,
@@ -87,3 +89,36 @@ def test_calibration_of_scores_that_are_log_odds_is_on_the_diagonal() -> None:
     )
     assert sum(b["num_pairs"] for b in bins) == 20_000
     assert all(b["observed"] == pytest.approx(b["predicted"], abs=0.05) for b in bins)
+
+
+def test_alpha_of_krippendorffs_own_example() -> None:
+    """Computing Krippendorff's Alpha-Reliability (2011), four observers: ordinal, 0.815."""
+    none = None
+    observers = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, none, none, none],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, none, 3],
+        [none, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, none],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, none],
+    ]
+    units = [[float(v) for v in unit if v is not None] for unit in zip(*observers, strict=True)]
+    assert krippendorff_alpha(units) == pytest.approx(0.815, abs=5e-4)
+
+
+def test_alpha_at_its_ends() -> None:
+    assert krippendorff_alpha([[1, 1], [2, 2], [3, 3, 3]]) == pytest.approx(1.0)
+    assert krippendorff_alpha([]) is krippendorff_alpha([[1], [2]]) is None
+    assert krippendorff_alpha([[2, 2], [2, 2]]) is None
+    opposite = krippendorff_alpha([[1, 3], [2, 2], [3, 1]])
+    assert opposite is not None and opposite < -0.5
+    rng = np.random.default_rng(0)
+    chance = krippendorff_alpha(rng.integers(1, 6, size=(4000, 2)).tolist())
+    assert chance == pytest.approx(0, abs=0.05)
+
+
+def test_order_agreement_by_hand() -> None:
+    """Of three pairs one is tied by a person, the others are the wrong way round."""
+    found = order_agreement([[[1, 2, 3], [2, 2, 1]], [[1, 2]]])
+    assert found is not None and (found.num_pairs, found.accuracy) == (2, 0.0)
+    three = order_agreement([[[1, 2], [1, 2], [2, 1]]])
+    assert three is not None and (three.num_pairs, three.accuracy) == (3, pytest.approx(1 / 3))
+    assert order_agreement([[[1, 1], [1, 2]]]) is None
