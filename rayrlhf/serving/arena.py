@@ -16,14 +16,19 @@ class Reply:
     error: str = ""
 
 
+class Silent(RuntimeError):
+    """A model does not answer now; the text is for the person."""
+
+
 Ask = Callable[[str, str, int], Awaitable[Reply]]
-"""(model, prompt, seed) -> reply"""
+"""(model, prompt, seed) -> reply; raises Silent."""
 
 
 async def fight(ask: Ask, names: Sequence[str], key: str, prompt: str) -> Battle:
     """Let two of the models, drawn at random, answer a prompt; sides are drawn, too.
 
-    Raises ValueError with a text for the person when a model cannot answer.
+    Raises ValueError with a text for the person when a model cannot answer, Silent when it does
+    not now.
     """
     left, right = secrets.SystemRandom().sample(list(names), 2)
     seeds = (secrets.randbits(62), secrets.randbits(62))

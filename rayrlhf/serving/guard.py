@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
+from rayrlhf.serving.arena import Silent
 from rayrlhf.serving.store import Conflict, Unknown
 
 MAX_BYTES = 128 * 1024
@@ -124,6 +125,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Conflict)
     async def conflict(_: Request, error: Conflict) -> JSONResponse:
         return problem(409, str(error))
+
+    @app.exception_handler(Silent)
+    async def silent(_: Request, error: Silent) -> JSONResponse:
+        return problem(503, str(error))
 
     @app.exception_handler(DBAPIError)
     async def unavailable(_: Request, error: DBAPIError) -> JSONResponse:

@@ -15,6 +15,8 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rayrlhf import console, session
@@ -25,7 +27,7 @@ from rayrlhf.models.folder import load_config
 from rayrlhf.serving import exchange
 from rayrlhf.serving.answering import MAX_BATCH, ArenaModel
 from rayrlhf.serving.api import create_app
-from rayrlhf.serving.arena import Ask, Reply
+from rayrlhf.serving.arena import Ask, Reply, Silent
 from rayrlhf.serving.database import Database
 from rayrlhf.serving.sampling import sample_items
 from rayrlhf.serving.sessions import VARIABLE, load_secret
@@ -54,7 +56,14 @@ class LabelPage:
 
     def _ask(self) -> Ask | None:
         async def ask(model: str, prompt: str, seed: int) -> Reply:
-            reply: Reply = await self._models[model].answer.remote(prompt, seed)
+            try:
+                reply: Reply = await self._models[model].answer.remote(prompt, seed)
+            except (RayError, RayServeException) as error:
+                # Which model it was stays hidden from the person, and is in the replica's log.
+                print(f"label: model {model} does not answer: {error!r}", flush=True)
+                raise Silent(
+                    f"a model does not answer now ({type(error).__name__}): ask again in a while"
+                ) from error
             return reply
 
         return ask if self._models else None

@@ -4,7 +4,7 @@ from fastapi.testclient import TestClient
 
 from rayrlhf.config import ArenaConfig, LabelConfig
 from rayrlhf.serving.api import create_app
-from rayrlhf.serving.arena import Reply
+from rayrlhf.serving.arena import Reply, Silent
 from rayrlhf.serving.store import Store
 
 SECRET = "correct horse battery"
@@ -30,7 +30,9 @@ def section(**changes: object) -> LabelConfig:
 
 
 async def echo(model: str, prompt: str, seed: int) -> Reply:
-    """Answer like a model that repeats the prompt, and can't take long ones."""
+    """Answer like a model that repeats the prompt, can't take long ones and may be away."""
+    if prompt == "silence":
+        raise Silent("a model does not answer now (ActorDiedError): ask again in a while")
     if len(prompt) > 1000:
         return Reply("", f"the prompt has {len(prompt)} tokens, but 1000 fit: shorten it")
     return Reply(f"{prompt}: an answer of the model called {model[::-1]}")

@@ -229,6 +229,8 @@ def test_a_prompt_that_a_model_cannot_take_is_kept_by_nobody(
     answer = client.post("/api/battles", json={"key": KEY, "prompt": "x" * 1001})
     assert "1000 fit" in refused(answer, 422)
     refused(client.post("/api/battles", json={"key": KEY, "prompt": ""}), 422)
+    gone = client.post("/api/battles", json={"key": KEY, "prompt": "silence"})
+    assert "ask again" in refused(gone, 503)
     assert store.open_battle("Ann") is None
 
 
