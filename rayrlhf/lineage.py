@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config import Recipe
+from rayrlhf.config import Recipe, RewardSource
 
 PACKAGES = (
     "rayrlhf",
@@ -66,13 +66,16 @@ def start_model(recipe: Recipe, stage: str) -> str:
     """Return the folder or name of the model that `stage` starts from.
 
     The base model starts `sft`; the SFT model starts `reward` and `dpo`, and is PPO's actor and
-    reference. `ppo.critic` and `ppo.reward` start from the reward model.
+    reference. `ppo.critic` and `ppo.reward` start from the reward model; with `ppo.rewards`, the
+    critic from the first that these name, and from the SFT model where they name none.
     """
     section = recipe.training(stage)
     if section is not None and section.init is not None:
         return section.init
     if stage in ("ppo.critic", "ppo.reward"):
-        return str(recipe.path / "reward" / "final")
+        models = [name for names in scoring_models(recipe) for name in names]
+        if models:
+            return models[0]
     if stage != "sft" and recipe.sft is not None:
         return str(recipe.path / "sft" / "final")
     if recipe.pretrain is not None:
@@ -111,7 +114,7 @@ def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]
     for before in UPSTREAM[stage]:
         if before in recipe.stages and before in done:
             read[before] = done[before]["outputs"][OUTPUTS[before]]
-            if stage == "evaluate":
+            if stage == "evaluate" or (stage == "ppo" and recipe.ppo and recipe.ppo.rewards):
                 more = outputs_of(recipe, before)[1:]
                 read |= {name: done[before]["outputs"].get(name, "") for name in more}
     return read
@@ -153,6 +156,31 @@ def reward_models(recipe: Recipe) -> tuple[str, ...]:
     num_members = 1 if recipe.reward is None else recipe.reward.num_members
     members = [f"reward/members/{member:02d}/final" for member in range(1, num_members)]
     return (OUTPUTS["reward"], *members)
+
+
+def scoring_models(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
+    """Return the folders or names of the reward models of each of PPO's rewards.
+
+    Without `ppo.rewards` they are the run's own; () stands for a reward that is no model.
+    """
+    if recipe.ppo is None or not recipe.ppo.rewards:
+        return ((str(recipe.path / OUTPUTS["reward"]),),)
+    return tuple(_models_of(recipe, reward) for reward in recipe.ppo.rewards)
+
+
+def _models_of(recipe: Recipe, reward: RewardSource) -> tuple[str, ...]:
+    if reward.model is not None:
+        return (reward.model,)
+    if reward.members is None:
+        return ()
+    if isinstance(reward.members, tuple):
+        return reward.members
+    stage = Path(reward.members)
+    if stage.name == "members":
+        stage = stage.parent
+    if recipe.reward is not None and stage.absolute() == recipe.path.absolute() / "reward":
+        return tuple(str(recipe.path / name) for name in reward_models(recipe))
+    return tuple(map(str, [stage / "final", *sorted(stage.glob("members/*/final"))]))
 
 
 def load(recipe: Recipe) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
 from rayrlhf.rl.layout import plan
+from rayrlhf.rl.reward_function import check_functions, place_of
 
 SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
@@ -42,6 +43,7 @@ def prepare(recipe: Recipe) -> None:
     Raises RecipeError with the file and line, the model, or the resource that the cluster lacks.
     """
     require_reward_model(recipe)
+    check_functions(recipe)
     check_models(recipe)
     builtin.prepare(recipe)
     session.connect(recipe)
@@ -67,13 +69,17 @@ def require_trackers(recipe: Recipe) -> None:
 
 
 def require_reward_model(recipe: Recipe) -> None:
-    """Raise RecipeError when PPO has no reward model: none is trained, and none is there."""
-    if recipe.ppo is not None and recipe.reward is None:
+    """Raise RecipeError when PPO has no reward model: none is trained, and none is there.
+
+    What `ppo.rewards` names in place of it, `check_models` and PPO itself look at.
+    """
+    if recipe.ppo is not None and not recipe.ppo.rewards and recipe.reward is None:
         folder = recipe.path / lineage.OUTPUTS["reward"]
         if not (folder / "config.json").is_file():
             raise RecipeError(
                 f"ppo scores with {folder}, but the recipe has no reward section and nothing is "
-                "there: add reward, or put a finished reward model into that folder"
+                "there: add reward, put a finished reward model into that folder, or set "
+                "ppo.rewards"
             )
 
 
@@ -83,9 +89,10 @@ def check_models(recipe: Recipe) -> None:
     Raises RecipeError when one cannot be read, or the tokenizer that is named does not fit it.
     """
     inits = {f"{stage}.init": _init(recipe, stage) for stage in TRAINED_STAGES}
+    models = {"model.path": recipe.model.path, **inits, **_named_rewards(recipe)}
     named = {
         key: builtin.resolve(name)
-        for key, name in {"model.path": recipe.model.path, **inits}.items()
+        for key, name in models.items()
         if name is not None and not _is_written_here(recipe, name)
     }
     if not named and _tokenizer_source(recipe) is None:
@@ -198,10 +205,41 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
         # The weights behind a hub's name are the hub's to keep: the recipe's hash covers the name.
         if start is not None and (folder := Path(builtin.resolve(start))).exists():
             files[f"{stage}.init.0"] = folder
-    judge = recipe.path / lineage.OUTPUTS["reward"]
-    if stage == "ppo" and recipe.reward is None and judge.exists():
-        files["ppo.reward"] = judge
+    if stage == "ppo":
+        files |= _scoring_files(recipe)
     return lineage.inputs(recipe, stage, files) | data
+
+
+def _named_rewards(recipe: Recipe) -> dict[str, str]:
+    """Return the reward models that `ppo.rewards` names, by their key in the recipe."""
+    if recipe.ppo is None:
+        return {}
+    return {
+        f"ppo.rewards.{index}.{reward.kind}" + (f".{number}" if len(names) > 1 else ""): name
+        for index, (reward, names) in enumerate(
+            zip(recipe.ppo.rewards, lineage.scoring_models(recipe), strict=False)
+        )
+        for number, name in enumerate(names)
+    }
+
+
+def _scoring_files(recipe: Recipe) -> dict[str, Path]:
+    """Return what scores PPO's responses, where it is local and not of the recipe's own stage."""
+    assert recipe.ppo is not None
+    if not recipe.ppo.rewards:
+        judge = recipe.path / lineage.OUTPUTS["reward"]
+        return {"ppo.reward": judge} if recipe.reward is None and judge.exists() else {}
+    is_known = recipe.reward is not None  # by the lineage of its stage
+    places = {
+        key: name
+        for key, name in _named_rewards(recipe).items()
+        if not (is_known and _is_written_here(recipe, name))
+    }
+    for index, reward in enumerate(recipe.ppo.rewards):
+        if reward.function is not None:
+            places[f"ppo.rewards.{index}.function"] = place_of(reward.function).rpartition(":")[0]
+    files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
+    return {key: file for key, file in files.items() if file.exists()}
 
 
 def _init(recipe: Recipe, stage: str) -> str | None:

@@ -15,6 +15,7 @@ from rayrlhf.config.reading import load, parse
 from rayrlhf.config.recipe import HEAD_SIZES, STAGES, Recipe
 from rayrlhf.config.resources import ROLES, TRAINED_STAGES, ResourcesConfig, Role, RoleResources
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.rewards import RewardSource, backoff_s, key_of
 from rayrlhf.config.section import (
     Fraction,
     NonNegative,
@@ -61,6 +62,7 @@ __all__ = [
     "RecipeError",
     "ResourcesConfig",
     "RewardConfig",
+    "RewardSource",
     "Role",
     "RoleResources",
     "RoleTrainingConfig",
@@ -71,6 +73,8 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "backoff_s",
+    "key_of",
     "load",
     "parse",
 ]

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.asynchrony import AsynchronyConfig
 from rayrlhf.config.gate import GateConfig, OldLogProbs
+from rayrlhf.config.rewards import RewardSource, check_rewards
 from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat
 from rayrlhf.config.training import RoleTrainingConfig
 
@@ -58,6 +59,8 @@ class PPOConfig(AsynchronyConfig):
     kl_in: Literal["reward", "loss"] | None = None
     """Where the KL penalty is: in the reward of each token (k1), or in the actor's loss (k3, which
     never is negative). None: in the loss for `grpo`, in the reward for the others."""
+    rewards: tuple[RewardSource, ...] = ()
+    """What the score is the weighted sum of; none: it is the run's own reward model's."""
     reward_clip: PositiveFloat | None = None
     """Scores are clipped to ±this, before the KL penalty is added."""
     missing_eos_penalty: NonNegative = 1.0
@@ -157,6 +160,11 @@ class PPOConfig(AsynchronyConfig):
                     f"ppo.{key} has no effect with ppo.advantage_estimator={name}: take it out, "
                     f"or set advantage_estimator={'grpo' if key == 'group_std' else 'gae'}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_score(self) -> Self:
+        check_rewards(self.rewards, self.deadline_s)
         return self
 
     @model_validator(mode="after")

@@ -80,7 +80,9 @@ def _fields(loc: Sequence[int | str]) -> list[str]:
     """Names of the fields of the section that holds the last key of `loc`."""
     section: type[BaseModel] = Recipe
     for key in loc[:-1]:
-        field = section.model_fields.get(str(key))
+        if isinstance(key, int):  # a section in a list
+            continue
+        field = section.model_fields.get(key)
         if field is None:
             return list(SourceConfig.model_fields) if "sources" in loc else []
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]

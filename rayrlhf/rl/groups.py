@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayrlhf.config import Role
+from rayrlhf.config import RewardSource, Role, key_of
 from rayrlhf.rl.clock import Span
 from rayrlhf.rl.experience import Rollout, scatter_rows
 from rayrlhf.rl.ranks import RoleSettings
@@ -214,13 +214,31 @@ class ReferenceGroup(Group):
 
 
 class RewardGroup(Group):
-    """The reward model."""
+    """The reward model, or all that `ppo.rewards` names."""
 
     role: Role = "reward"
 
-    def score(self, rollout: Ref) -> Pending[Tensor]:
-        """Return one score per response of the shared rollout: (B,)."""
-        return self._all("score", lambda worker: worker.score.remote(rollout), scatter_rows)
+    def score(
+        self, rollout: Ref, rewards: Sequence[RewardSource] = ()
+    ) -> Pending[tuple[Tensor, dict[str, float]]]:
+        """Return one score per response of the shared rollout (B,), and the means of its parts.
+
+        The score is the weighted sum of the `rewards`; without any, the reward model's.
+        """
+        columns = [column for reward in rewards for column in reward.columns]
+
+        def gather(parts: list[Any]) -> tuple[Tensor, dict[str, float]]:
+            found = scatter_rows(parts)
+            if not columns:
+                return found, {}
+            found = found.view(-1, len(columns))  # (B, C)
+            means = dict(zip([metric for metric, _ in columns], found.mean(dim=0), strict=True))
+            scores = found @ torch.tensor([weight for _, weight in columns])
+            return scores, {metric: float(mean) for metric, mean in means.items()}
+
+        outside = [key_of(i, each) for i, each in enumerate(rewards) if not each.is_of_models]
+        call = f"score ({', '.join(outside)})" if outside else "score"
+        return self._all(call, lambda worker: worker.score.remote(rollout), gather)
 
 
 class RolloutGroup(Group):

@@ -31,6 +31,7 @@ from rayrlhf.rl.off_policy import correct
 from rayrlhf.rl.placement import Roles, cluster_nodes, launch
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
+from rayrlhf.rl.reward_function import check_functions
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
 from rayrlhf.rl.state import State, go_back, restore, save
 from rayrlhf.rl.supervision import GoBack
@@ -56,6 +57,7 @@ def train_ppo(recipe: Recipe) -> Path:
         return stage_dir / "final"
     tokenizer = load_tokenizer(recipe)
     prompts = load_prompts(recipe, cfg)
+    check_functions(recipe)
     settings = role_settings(recipe, cfg, tokenizer, prompts, checkpoint)
 
     session.connect(recipe)
@@ -117,11 +119,11 @@ def optimize(
                 shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
-                (old_log_probs, known), ref_log_probs, values, scores = wait_all(
+                (old_log_probs, known), ref_log_probs, values, (scores, parts) = wait_all(
                     gate.old_log_probs(rollout, shared, step, state.version),
                     roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step) if roles.critic else absent(),
-                    roles.reward.score(shared),
+                    roles.reward.score(shared, cfg.rewards),
                 )  # 3 x (N,), (B,)
 
             credit = assign_credit(  # 3. (B, T) inside
@@ -149,6 +151,7 @@ def optimize(
 
         metrics = {
             **credit.metrics,
+            **parts,
             "weights/version": state.version,
             **importance,
             **roles.restarts(),

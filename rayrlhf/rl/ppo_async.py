@@ -58,11 +58,11 @@ def optimize(
                 shared = share(rollout)
 
             with timer("evaluate"):  # 2. start all, then wait once
-                (old_log_probs, known), ref_log_probs, values, scores = wait_all(
+                (old_log_probs, known), ref_log_probs, values, (scores, parts) = wait_all(
                     gate.old_log_probs(rollout, shared, step, state.version),
                     roles.reference.log_probs(shared, step),
                     roles.critic.values(shared, step) if roles.critic else absent(),
-                    roles.reward.score(shared),
+                    roles.reward.score(shared, cfg.rewards),
                 )  # 3 x (N,), (B,)
 
             behind = staleness(rollout, state.version)
@@ -90,6 +90,7 @@ def optimize(
 
         metrics = {
             **credit.metrics,
+            **parts,
             "weights/version": state.version,
             **importance,
             **roles.restarts(),

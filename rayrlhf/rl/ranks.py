@@ -52,6 +52,10 @@ class RoleSettings:
     eos_id: int
     seed: int
     num_threads: int
+    rewards: tuple[tuple[str, ...], ...] = ()
+    """Where each of `ppo.rewards` is: folders of its models, its function, or its URL (reward)."""
+    zero_head: bool = False
+    """Whether `model_path` is a causal LM, which gets a head of zeros (critic)."""
     gpu_memory: float = 0.9
     """Part of a GPU's memory that an engine takes."""
     rank: int = 0

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from rayrlhf import lineage
-from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role
+from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role, key_of
 from rayrlhf.data import builtin, encoded
 from rayrlhf.data.datasets import batch_indices
 from rayrlhf.data.tokenizer import check_vocabulary
 from rayrlhf.rl.ranks import RoleSettings
+from rayrlhf.rl.reward_function import place_of
 from rayrlhf.training.checkpoint import STATE_DIR
 
 
@@ -54,7 +55,7 @@ def role_settings(
     Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids.
     """
     policy = _model(lineage.start_model(recipe, "ppo"), tokenizer)
-    reward = _model(lineage.start_model(recipe, "ppo.reward"), tokenizer)
+    scorers = reward_places(recipe, tokenizer)
     states = {
         role: str(checkpoint / STATE_DIR / role) if checkpoint else None
         for role in ("actor", "critic")
@@ -62,13 +63,14 @@ def role_settings(
     models: dict[Role, str] = {
         "actor": str(checkpoint) if checkpoint else policy,
         "reference": policy,
-        "reward": reward,
+        "reward": policy if cfg.rewards else scorers[0][0],  # its rewards name their own
         "rollout": policy,
     }
     if cfg.has_critic:
         # Its state folder holds its weights, too; the actor's are the checkpoint itself.
         start = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
         models["critic"] = states["critic"] or start
+    models_score = any(lineage.scoring_models(recipe))
     assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer checks it"
     pad_id = tokenizer.pad_token_id
     return {
@@ -77,6 +79,8 @@ def role_settings(
             model_path=path,
             state_path=states.get(role),
             tokenizer_path=str((recipe.path / "tokenizer").absolute()),
+            rewards=scorers if cfg.rewards else (),
+            zero_head=role == "critic" and checkpoint is None and not models_score,
             corpus_path=str((recipe.path / "corpus").absolute()),
             documents_apart=recipe.pretrain is not None and recipe.pretrain.documents == "apart",
             actor_ranks=recipe.resources.actor.num_workers,
@@ -91,6 +95,54 @@ def role_settings(
     }
 
 
+def reward_places(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> tuple[tuple[str, ...], ...]:
+    """Return where each reward is: folders of its models, its function, or its URL.
+
+    Without `ppo.rewards`: the run's own reward model. Raises RecipeError as `role_settings` does.
+    """
+    models = lineage.scoring_models(recipe)
+    if recipe.ppo is None or not recipe.ppo.rewards:
+        return tuple(tuple(_model(name, tokenizer) for name in names) for names in models)
+    places: list[tuple[str, ...]] = []
+    for index, (reward, names) in enumerate(zip(recipe.ppo.rewards, models, strict=True)):
+        key = key_of(index, reward)
+        if reward.function is not None:
+            places.append((place_of(reward.function),))
+        elif reward.url is not None:
+            places.append((reward.url,))
+        elif reward.members is not None and len(names) < 2:
+            raise RecipeError(
+                f"{key}: an ensemble has two models or more, and there is {len(names)} here: name "
+                "the folder `reward` of a run with reward.num_members=2 or above, or set model"
+            )
+        else:
+            places.append(tuple(_scorer(key, name, tokenizer) for name in names))
+    return tuple(places)
+
+
+def _scorer(key: str, name: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return `_model` of a reward model that reads the policy's token ids as they are meant."""
+    try:
+        path = _model(name, tokenizer)
+    except RecipeError as error:
+        raise RecipeError(f"{key}: {error}") from None
+    try:
+        theirs = AutoTokenizer.from_pretrained(path).get_vocab()
+    except (OSError, ValueError):  # it says nothing of its tokenizer
+        return path
+    other = [
+        token for token, number in tokenizer.get_vocab().items() if theirs.get(token) != number
+    ]
+    if other:
+        raise RecipeError(
+            f"{key}: {path} has another tokenizer than the policy ({len(other)} tokens differ, "
+            f"{other[0]!r} first), whose token ids it is given: serve it, and set url"
+        )
+    return path
+
+
 def _model(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the absolute path or hub name of a model that exists and fits the tokenizer."""
     path = builtin.resolve(name)
@@ -98,9 +150,8 @@ def _model(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{path}: PPO starts from this model, but it cannot be read "
-            f"({str(error).splitlines()[0]}): run the stage before, or correct "
-            "model.path"
+            f"{path}: PPO needs this model, but it cannot be read "
+            f"({str(error).splitlines()[0]}): run the stage before, or correct the path"
         ) from None
     check_vocabulary(tokenizer, config.vocab_size)
     return str(Path(path).absolute()) if Path(path).exists() else path

@@ -3,7 +3,7 @@
 actor      policy in training: log_probs, update, weights
 critic     value function in training: values, update
 reference  the policy as it was at the start: log_probs
-reward     reward model: score                                in scoring.py
+reward     reward models, functions, endpoints: score         in scoring.py
 rollout    engine: generate, load_weights                     in rollout.py
 
 All ranks of a trained role call the same method with the same arguments and work on their own part
@@ -314,7 +314,10 @@ class CriticWorker(TrainedWorker):
         self.training = settings.ppo.critic
 
     def load_module(self) -> torch.nn.Module:
-        self.model = ScalarHeadModel.from_pretrained(self.settings.model_path)
+        if self.settings.zero_head:
+            self.model = ScalarHeadModel.from_causal_lm(self.settings.model_path, zero_head=True)
+        else:
+            self.model = ScalarHeadModel.from_pretrained(self.settings.model_path)
         return self.model
 
     @timed

@@ -32,6 +32,7 @@ from tests.rl.inline import (
     InlineRay,
     Metrics,
     SmallEngine,
+    reward_places,
     write_corpus,
 )
 
@@ -92,8 +93,10 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
         }
         if keys.get("advantage_estimator", "gae") == "gae":
             defaults["critic"] = {"learning_rate": 3e-3}
+        ppo = PPOConfig(**{**defaults, **keys})
         return RoleSettings(
-            ppo=PPOConfig(**{**defaults, **keys}),
+            ppo=ppo,
+            rewards=reward_places(ppo),
             model_path=str(model),
             state_path=None,
             tokenizer_path=str(tiny_tokenizer),
@@ -125,8 +128,8 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
         *,
         checkpoint: Path | None = None,
         critic: RoleSettings | None = None,
-        reward: type[RewardWorker] = CountingReward,
     ) -> Roles:
+        reward = RewardWorker if own.ppo.rewards else CountingReward
         state = checkpoint / "training_state" if checkpoint else None
         actor = (
             replace(own, model_path=str(checkpoint), state_path=str(state / "actor"))

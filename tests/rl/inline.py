@@ -10,9 +10,11 @@ import ray.exceptions
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rayrlhf.config import PPOConfig
 from rayrlhf.data.rows import write_shard
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
+from rayrlhf.rl.reward_function import place_of
 from rayrlhf.rl.scoring import RewardWorker
 
 EOS, PAD = 0, 1
@@ -148,6 +150,16 @@ class CountingReward(RewardWorker):
     def score(self, rollout: Any) -> Any:
         counts = [torch.tensor([float(row.count(5))]) for row in rollout.responses()]
         return list(range(len(rollout))), counts
+
+
+def reward_places(cfg: PPOConfig) -> tuple[tuple[str, ...], ...]:
+    """Return where each of the rewards is, as setup.py does for a recipe."""
+    return tuple(
+        (place_of(reward.function),)
+        if reward.function
+        else tuple(place for place in (reward.model, reward.url, *(reward.members or ())) if place)
+        for reward in cfg.rewards
+    )
 
 
 def timeless(rows: Metrics) -> Metrics:
