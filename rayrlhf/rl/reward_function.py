@@ -133,12 +133,19 @@ def check(key: str, where: str) -> None:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name that no package has."""
+    """Import a file under a name that no package has, once however many functions are in use."""
     spec = importlib.util.spec_from_file_location(f"rayrlhf_reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "it ends in .py"
+    known = sys.modules.get(spec.name)
+    if known is not None and known.__file__ == str(path):
+        return known
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training.checkpoint import is_complete
 from tests.rl.inline import engine_model
+from tests.rl.scorer import Scorer, lengths, serving
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -92,12 +94,33 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scorer]:
+    """Run an endpoint that counts characters."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(lengths) as server:
+        yield server
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, tiny_model: Path, endpoint: Scorer
+) -> None:
+    """Scored by a model, a function and an endpoint."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     model = engine_model(tmp_path / "model", tiny_model)
     recipes = {folder: make_run(folder, model) for folder in (cut, whole)}
+    (tmp_path / "style.py").write_text(
+        "def vowels(prompts, responses):\n"
+        "    return [sum(text.count(vowel) for vowel in 'aeiou') for text in responses]\n"
+    )
+    for folder, recipe in recipes.items():
+        recipe["ppo"]["rewards"] = [
+            {"model": str(folder / "reward" / "final")},
+            {"function": f"{tmp_path}/style.py:vowels", "weight": 0.5},
+            {"url": endpoint.url, "name": "length", "weight": -0.1},
+        ]
     process = start(tmp_path / "cut.log", recipes[cut])
     deadline = time.monotonic() + 500
     while len(read_jsonl(cut / "ppo" / "metrics.jsonl")) < 3:
@@ -119,6 +142,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, tiny_model: Pat
         assert (row["policy/first_ratio"], row["policy/first_clip_fraction"]) == (1, 0)
         assert row["kl/rollout_mismatch"] < 1e-4
         assert row["weights/version"] == row["step"]
+        parts = [row[f"reward/{name}"] for name in ("reward", "vowels", "length")]
+        score = parts[0] + 0.5 * parts[1] - 0.1 * parts[2]
+        assert row["reward/score_mean"] == pytest.approx(score, abs=1e-4)
+    assert rows[-1]["reward/length"] > 0
     assert rows[0]["kl/ref_per_response"] == 0
     assert rows[-1]["kl/ref_per_response"] != 0
     assert {s["step"] for s in read_jsonl(whole / "ppo" / "samples.jsonl")} == {2, 4, 5}
