@@ -8,7 +8,7 @@ from rayrlhf.config.asynchrony import AsynchronyConfig
 from rayrlhf.config.gate import GateConfig, OldLogProbs
 from rayrlhf.config.rewards import RewardSource, check_rewards
 from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat
-from rayrlhf.config.training import RoleTrainingConfig
+from rayrlhf.config.training import RoleLoraConfig, RoleTrainingConfig
 
 
 class PPOConfig(AsynchronyConfig):
@@ -34,6 +34,9 @@ class PPOConfig(AsynchronyConfig):
     """Optimizer and backend of the policy."""
     critic: RoleTrainingConfig = RoleTrainingConfig()
     """Optimizer and backend of the value function."""
+    lora: RoleLoraConfig | None = None
+    """Train adapters in place of all weights, of the actor and the critic; `{}` takes the defaults.
+    What `actor.lora` or `critic.lora` says comes first; for one of the two, set that alone."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps that update the critic only."""
     clip: PositiveFloat = 0.2
@@ -117,6 +120,11 @@ class PPOConfig(AsynchronyConfig):
     def has_critic(self) -> bool:
         """Whether the learner needs a value function."""
         return self.advantage_estimator == "gae"
+
+    def lora_of(self, role: str) -> RoleLoraConfig | None:
+        """Return the adapters that `actor` or `critic` trains; None where it trains all weights."""
+        own = {"actor": self.actor.lora, "critic": self.critic.lora}[role]
+        return self.lora if own is None else own
 
     @property
     def compares_groups(self) -> bool:

@@ -294,8 +294,27 @@ class SFTConfig(RecordsConfig):
     """Noise on the embeddings in training (NEFTune, arXiv:2310.05914: 5, 10 or 15); 0 is none."""
 
 
+class RoleLoraConfig(LoraConfig):
+    """Adapters of PPO's actor or critic."""
+
+    dropout: NonNegative = 0.0
+    """None: the ratio of a policy to itself would not be 1."""
+
+    @model_validator(mode="after")
+    def _drops_nothing(self) -> Self:
+        if self.dropout > 0:
+            raise ValueError(
+                f"lora.dropout={self.dropout:g}: PPO compares log-probs from before and after an "
+                "update, so no role drops anything: set dropout=0, or take it out"
+            )
+        return self
+
+
 class RoleTrainingConfig(TrainingConfig):
     """Training of PPO's actor or critic."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """The same in all processes that hold the model: no `auto`."""
+    lora: RoleLoraConfig | None = None
+    """Train adapters only, and the critic's scalar head; None takes `ppo.lora`. They take a larger
+    learning rate (QLoRA: 2e-4 up to 13B, 1e-4 beyond)."""

@@ -37,13 +37,27 @@ def check(path: str | Path, cfg: StageConfig) -> None:
     """
     if cfg.lora is None:
         return
-    _require("peft", "lora", "pip install 'rayrlhf[lora]', or take lora out")
+    check_adapter(path, cfg.lora, saved=None)
     if cfg.quantization == "nf4":
         _require("bitsandbytes", "quantization=nf4", "pip install 'rayrlhf[qlora]', or set none")
+
+
+def check_adapter(path: str | Path, cfg: LoraConfig, *, saved: Path | None) -> None:
+    """Raise RecipeError unless a model of the kind at `path` can have the adapters of `cfg`.
+
+    And unless `saved`, the folder of a checkpoint, has those; see `add_adapter`.
+    """
+    _require("peft", "lora", "pip install 'rayrlhf[lora]', or take lora out")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    head = model.get_output_embeddings()
-    targets(model, cfg.lora, leave=(head,))
+    names = targets(model, cfg, leave=(model.get_output_embeddings(),))
+    if saved is not None:
+        _check_saved(saved, cfg, names)
+
+
+def has_saved(folder: Path) -> bool:
+    """Tell whether what is in the folder of a model was trained as an adapter."""
+    return (folder / ADAPTER).exists()
 
 
 def targets(model: nn.Module, cfg: LoraConfig, leave: Iterable[nn.Module] = ()) -> list[str]:
@@ -92,9 +106,13 @@ def add_adapter(
 
     A is drawn from `seed` and B is 0, so that the model computes what it did; with `folder`, both
     are those of its `adapter/`. `base` names the model in adapter_config.json. Raises RecipeError
-    for wrong target_modules.
+    for wrong target_modules, and for a `folder` with other adapters than those of `cfg`.
     """
     import peft
+
+    names = targets(model, cfg)
+    if folder is not None:
+        _check_saved(folder, cfg, names)
 
     _keep_packing(model)
     conv = any(isinstance(module, Conv1D) for module in model.modules())
@@ -102,7 +120,7 @@ def add_adapter(
         r=cfg.rank,
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
-        target_modules=targets(model, cfg),
+        target_modules=names,
         fan_in_fan_out=conv,
         base_model_name_or_path=base,
     )
@@ -120,8 +138,21 @@ def has_adapter(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
+def adapted(names: Iterable[str]) -> set[str]:
+    """Return those of the names that training with adapters changes, once `merged`.
+
+    They are the weights that have an adapter, and the adapters themselves.
+    """
+    names = set(names)
+    parts = {name for name in names if ".lora_" in name}
+    return parts | (names & {f"{name.partition('.lora_')[0]}{_BASE}weight" for name in parts})
+
+
 def merged(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights by their names in a plain HF model, each adapter added to its own."""
+    """Return the weights by their names in a plain HF model, each adapter added to its own.
+
+    Those of the model stay as they are. `weights` may be a part of them, with the adapters to it.
+    """
     result = {}
     for name, tensor in weights.items():
         if ".lora_" in name:
@@ -168,6 +199,26 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, weights: Mapping[st
         if _is_trained(name)
     }
     save_file(trained, str(place / WEIGHTS), metadata={"format": "pt"})
+
+
+def _check_saved(folder: Path, cfg: LoraConfig, names: list[str]) -> None:
+    """Raise RecipeError unless `adapter/` in `folder` is of `cfg`, beside the modules `names`."""
+    if not has_saved(folder):
+        raise RecipeError(
+            f"{folder}: was trained without lora, and this run has it: take lora out, or start "
+            "afresh in another run_dir"
+        )
+    saved = json.loads((folder / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+    for key, field, wanted in (
+        ("rank", "r", cfg.rank),
+        ("alpha", "lora_alpha", cfg.alpha),
+        ("target_modules", "target_modules", names),
+    ):
+        if saved[field] != wanted:
+            raise RecipeError(
+                f"{folder}: its adapters have {key}={saved[field]}, and lora.{key} says {wanted}: "
+                "set what it was trained with, or start afresh in another run_dir"
+            )
 
 
 @torch.no_grad()

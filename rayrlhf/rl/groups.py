@@ -175,16 +175,23 @@ class ActorGroup(TrainedGroup):
         )
 
     def weights(self) -> Pending[Ref]:
-        """Return a reference to all weights, {name: float32 array}, which stay where they are."""
+        """Return a reference to what trains, {name: float32 array}, which stays where it is."""
+        return self._gathered("weights", lambda worker: worker.weights)
+
+    def frozen_weights(self) -> Pending[Ref]:
+        """Return a reference to the weights that stay as they are beside adapters."""
+        return self._gathered("frozen_weights", lambda worker: worker.frozen_weights)
+
+    def _gathered(self, call: str, method: Callable[[Handle], Any]) -> Pending[Ref]:
         found: list[Ref] = []
 
         # A wait brings what it waits for to this process: it waits for the flags beside them.
         def submit(worker: Handle) -> Ref:
-            flag, weights = worker.weights.options(num_returns=2).remote()
+            flag, weights = method(worker).options(num_returns=2).remote()
             found.append(weights)
             return flag
 
-        return self._all("weights", submit, lambda _: found[0])
+        return self._all(call, submit, lambda _: found[0])
 
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""
@@ -286,6 +293,12 @@ class RolloutGroup(Group):
             return worker.generate.remote(prompts, first, step)
 
         return self._each("generate", {engine: submit}, Rollout.join)
+
+    def keep_weights(self, frozen: Ref) -> Pending[None]:
+        """Give every engine what `load_weights` leaves out from then on; so has a new engine."""
+        return self._all(
+            "keep_weights", lambda worker: worker.keep_weights.remote(frozen), nothing, lasting=True
+        )
 
     def load_weights(
         self,

@@ -36,7 +36,7 @@ from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
 from rayrlhf.rl.state import State, go_back, restore, save
 from rayrlhf.rl.supervision import GoBack
 from rayrlhf.rl.waiting import absent, share, wait_all
-from rayrlhf.rl.weight_sync import sync_weights
+from rayrlhf.rl.weight_sync import send_frozen, sync_weights
 from rayrlhf.training.checkpoint import begin, commit, is_complete, newest_checkpoint
 from rayrlhf.training.model_card import write_card
 
@@ -104,6 +104,7 @@ def optimize(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
+    send_frozen(cfg, roles.actor, roles.rollout)
     sync_weights(roles.actor, roles.rollout, version=state.version)
     gate = Gate(cfg, roles, prompts)
     profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rayrlhf.config import PPOConfig, TrainingConfig
+from rayrlhf.models import lora
+from rayrlhf.models.causal_lm import CausalLMModel
+from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl.clock import Clock, Span
 from rayrlhf.rl.experience import (
     Rollout,
@@ -39,6 +43,8 @@ class RoleSettings:
     """Hugging Face folder: of the start model, or of the checkpoint to resume from."""
     state_path: str | None
     """Folder of the optimizer state to resume from (actor and critic)."""
+    adapter_path: str | None
+    """Folder of the adapters to go on with, beside `model_path` (actor and critic)."""
     tokenizer_path: str
     corpus_path: str
     """Folder of the packed rows, for PPO-ptx."""
@@ -203,6 +209,7 @@ class TrainedWorker(ModelWorker, ABC):
     def load(self) -> None:
         """Load the model and, on resume, the optimizer; every rank calls it."""
         module = self.load_module()
+        self._add_adapters(module.hf)
         self.know_flops(module)
         updates_per_step = self.cfg.epochs * self.cfg.num_minibatches
         self.backend: Backend = make_backend(
@@ -211,9 +218,22 @@ class TrainedWorker(ModelWorker, ABC):
             device=self.device,
             total_steps=self.num_steps() * updates_per_step,
         )
-        module.eval()  # no dropout, whatever the backend set
+        # Every dropout is 0 in either mode, and transformers recomputes layers in one of them only.
+        module.train(self.training.gradient_checkpointing)
         if self.settings.state_path is not None:
             self.backend.load_state(self.settings.state_path)
+
+    def _add_adapters(self, model: PreTrainedModel) -> None:
+        """Train adapters instead of the weights if `ppo.lora` or the role's own `lora` says so."""
+        cfg, saved = self.cfg.lora_of(self.role), self.settings.adapter_path
+        if cfg is not None:
+            lora.add_adapter(
+                model,
+                cfg,
+                base=self.settings.model_path,
+                seed=self.settings.seed,
+                folder=None if saved is None else Path(saved),
+            )
 
     def rest(self, asleep: bool) -> None:
         """Leave the device's memory to another role, or take it again (turns.py)."""
@@ -221,7 +241,7 @@ class TrainedWorker(ModelWorker, ABC):
             self.backend.rest(asleep)
 
     @abstractmethod
-    def load_module(self) -> torch.nn.Module:
+    def load_module(self) -> CausalLMModel | ScalarHeadModel:
         """Return the model to train."""
 
     def num_steps(self) -> int:

@@ -11,6 +11,8 @@ from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.ranks import Worker
 from rayrlhf.training.flops import ModelFlops, model_flops
 
+Weights = dict[str, npt.NDArray[np.float32]]
+"""By their names in a Hugging Face checkpoint."""
 PROBE_TOKENS = 16
 """Longest answer to a prompt of a probe (gate.py)."""
 
@@ -19,6 +21,7 @@ class RolloutWorker(Worker):
     """One engine."""
 
     _flops: ModelFlops | None = None
+    _frozen: Weights = {}
 
     def start(self) -> None:
         """Load the engine."""
@@ -93,7 +96,11 @@ class RolloutWorker(Worker):
         """Return what the engine computes in."""
         return self.engine.dtype
 
+    def keep_weights(self, frozen: Weights) -> None:
+        """Take the weights that every version has; they lie in Ray's store, for all of its node."""
+        self._frozen = frozen
+
     @timed
-    def load_weights(self, weights: dict[str, npt.NDArray[np.float32]], version: int) -> int:
+    def load_weights(self, weights: Weights, version: int) -> int:
         """Replace all weights; returns the version that the engine now has."""
-        return self.engine.load_weights(weights.items(), version)
+        return self.engine.load_weights({**self._frozen, **weights}.items(), version)

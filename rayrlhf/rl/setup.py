@@ -11,6 +11,7 @@ from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role, key_of
 from rayrlhf.data import builtin, encoded
 from rayrlhf.data.datasets import batch_indices
 from rayrlhf.data.tokenizer import check_vocabulary
+from rayrlhf.models import lora
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.reward_function import place_of
 from rayrlhf.training.checkpoint import STATE_DIR
@@ -52,7 +53,8 @@ def role_settings(
 ) -> dict[Role, RoleSettings]:
     """Return what each role has to know.
 
-    Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids.
+    Raises RecipeError when a model is missing, or has fewer rows than the tokenizer has ids, and
+    when it, or what was saved, does not fit the adapters that are asked for.
     """
     policy = _model(lineage.start_model(recipe, "ppo"), tokenizer)
     scorers = reward_places(recipe, tokenizer)
@@ -61,16 +63,20 @@ def role_settings(
         for role in ("actor", "critic")
     }
     models: dict[Role, str] = {
-        "actor": str(checkpoint) if checkpoint else policy,
         "reference": policy,
         "reward": policy if cfg.rewards else scorers[0][0],  # its rewards name their own
         "rollout": policy,
     }
+    adapters: dict[Role, str | None] = {}
+    # The actor's weights are the checkpoint itself, the critic's are in its state folder.
+    models["actor"], adapters["actor"] = trained_model(
+        "actor", cfg, policy, str(checkpoint) if checkpoint else None
+    )
+    zero_head = False
     if cfg.has_critic:
-        # Its state folder holds its weights, too; the actor's are the checkpoint itself.
         start = _model(lineage.start_model(recipe, "ppo.critic"), tokenizer)
-        models["critic"] = states["critic"] or start
-    models_score = any(lineage.scoring_models(recipe))
+        models["critic"], adapters["critic"] = trained_model("critic", cfg, start, states["critic"])
+        zero_head = models["critic"] == start and not any(lineage.scoring_models(recipe))
     assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer checks it"
     pad_id = tokenizer.pad_token_id
     return {
@@ -78,9 +84,10 @@ def role_settings(
             ppo=cfg,
             model_path=path,
             state_path=states.get(role),
+            adapter_path=adapters.get(role),
             tokenizer_path=str((recipe.path / "tokenizer").absolute()),
             rewards=scorers if cfg.rewards else (),
-            zero_head=role == "critic" and checkpoint is None and not models_score,
+            zero_head=role == "critic" and zero_head,
             corpus_path=str((recipe.path / "corpus").absolute()),
             documents_apart=recipe.pretrain is not None and recipe.pretrain.documents == "apart",
             actor_ranks=recipe.resources.actor.num_workers,
@@ -141,6 +148,26 @@ def _scorer(key: str, name: str, tokenizer: PreTrainedTokenizerFast) -> str:
             f"{other[0]!r} first), whose token ids it is given: serve it, and set url"
         )
     return path
+
+
+def trained_model(
+    role: Role, cfg: PPOConfig, start: str, saved: str | None
+) -> tuple[str, str | None]:
+    """Return where the weights of a trained role are, and its adapters if there are any yet.
+
+    `saved` is what a checkpoint has of it. With adapters the weights are those of the start model,
+    and what was saved beside them is merged with these. Raises RecipeError as `role_settings` does.
+    """
+    adapter = cfg.lora_of(role)
+    if adapter is not None:
+        lora.check_adapter(start, adapter, saved=Path(saved) if saved else None)
+        return start, saved
+    if saved is not None and lora.has_saved(Path(saved)):
+        raise RecipeError(
+            f"{saved}: the {role} was trained with lora, and this run has none: set ppo.lora, or "
+            "start afresh in another run_dir"
+        )
+    return saved or start, None
 
 
 def _model(name: str, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -25,7 +25,17 @@ OWN_TURN: Mapping[Role, frozenset[str] | None] = {
 }
 """Calls for which a holder has to be awake; None: all."""
 ANY_TURN = frozenset(
-    {"rest", "weights", "save", "export", "read_clock", "start_trace", "stop_trace"}
+    {
+        "rest",
+        "weights",
+        "frozen_weights",
+        "keep_weights",
+        "save",
+        "export",
+        "read_clock",
+        "start_trace",
+        "stop_trace",
+    }
 )
 """Calls that neither need memory of the device nor mind who has it."""
 

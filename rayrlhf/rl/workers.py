@@ -12,8 +12,6 @@ of the rows (see experience.py). Dropout is off in every role: models stay in ev
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +25,7 @@ from rayrlhf.algorithms.losses import (
 from rayrlhf.data.datasets import batch_indices, shard
 from rayrlhf.data.row_masks import row_masks
 from rayrlhf.data.rows import PackedRows
+from rayrlhf.models import lora
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel, values_before
 from rayrlhf.rl.clock import timed
@@ -46,7 +45,7 @@ from rayrlhf.rl.ranks import (
     add,
     unpadded,
 )
-from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.rollout import RolloutWorker, Weights
 from rayrlhf.rl.scoring import RewardWorker
 
 __all__ = ["ActorWorker", "CriticWorker", "ReferenceWorker", "RewardWorker", "RolloutWorker"]
@@ -107,7 +106,7 @@ class ActorWorker(TrainedWorker):
         self.training = settings.ppo.actor
         self.corpus: PackedRows | None = None
 
-    def load_module(self) -> torch.nn.Module:
+    def load_module(self) -> CausalLMModel:
         if self.cfg.ptx_coef > 0:
             self.corpus = PackedRows(self.settings.corpus_path, "train")
         self.model = CausalLMModel.from_pretrained(self.settings.model_path)
@@ -284,11 +283,26 @@ class ActorWorker(TrainedWorker):
         return indices, rows
 
     @timed
-    def weights(self) -> tuple[bool, dict[str, npt.NDArray[np.float32]] | None]:
-        """Return (True, {Hugging Face name: float32 array} of all weights; None but on rank 0)."""
-        pairs = named_weights(self.model, self.backend.full_weights())
-        found = {name: tensor.numpy() for name, tensor in pairs}
-        return True, (found if self.settings.rank == 0 else None)
+    def weights(self) -> tuple[bool, Weights | None]:
+        """Return (True, {Hugging Face name: float32 array} of what trains; None but on rank 0)."""
+        return True, self._gathered(frozen=False)
+
+    def frozen_weights(self) -> tuple[bool, Weights | None]:
+        """Return the like of what training leaves as it is beside its adapters."""
+        return True, self._gathered(frozen=True)
+
+    def _gathered(self, *, frozen: bool) -> Weights | None:
+        """Return weights as a plain model has them: what an adapter adds is in them."""
+        wanted, has_adapter = None, lora.has_adapter(self.model)
+        if has_adapter:
+            names = {name for name, _ in self.model.named_parameters()}
+            wanted = names - lora.adapted(names) if frozen else lora.adapted(names)
+        weights = dict(named_weights(self.model, self.backend.full_weights(wanted)))
+        if self.settings.rank != 0:
+            return None
+        if has_adapter:
+            weights = lora.merged(self.model.hf, weights)
+        return {name: tensor.numpy() for name, tensor in weights.items()}
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder with the tokenizer (rank 0; the others take part)."""
@@ -313,7 +327,7 @@ class CriticWorker(TrainedWorker):
         super().__init__(settings)
         self.training = settings.ppo.critic
 
-    def load_module(self) -> torch.nn.Module:
+    def load_module(self) -> ScalarHeadModel:
         if self.settings.zero_head:
             self.model = ScalarHeadModel.from_causal_lm(self.settings.model_path, zero_head=True)
         else:

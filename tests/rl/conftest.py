@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rayrlhf.config import PPOConfig
+from rayrlhf.config import PPOConfig, Role
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups, waiting
@@ -18,7 +18,7 @@ from rayrlhf.rl.ppo import optimize
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
-from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.setup import Prompts, trained_model
 from rayrlhf.rl.state import restore
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from rayrlhf.training.checkpoint import newest_checkpoint
@@ -99,6 +99,7 @@ def settings(small_model: Path, tiny_tokenizer: Path) -> Callable[..., RoleSetti
             rewards=reward_places(ppo),
             model_path=str(model),
             state_path=None,
+            adapter_path=None,
             tokenizer_path=str(tiny_tokenizer),
             corpus_path=corpus,
             documents_apart=documents_apart,
@@ -131,17 +132,10 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
     ) -> Roles:
         reward = RewardWorker if own.ppo.rewards else CountingReward
         state = checkpoint / "training_state" if checkpoint else None
-        actor = (
-            replace(own, model_path=str(checkpoint), state_path=str(state / "actor"))
-            if state
-            else own
-        )
+        actor = trained("actor", own, checkpoint, state)
         if critic is None:
-            critic = (
-                replace(own, model_path=str(state / "critic"), state_path=str(state / "critic"))
-                if state
-                else replace(own, model_path=str(small_critic))
-            )
+            start = replace(own, model_path=str(small_critic))
+            critic = trained("critic", start, state / "critic" if state else None, state)
         rollout = RolloutWorker(own)
         rollout.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
         workers: dict[str, Any] = {
@@ -165,6 +159,16 @@ def make_roles(inline_ray: None, small_critic: Path) -> Callable[..., Roles]:
         )
 
     return make
+
+
+def trained(
+    role: Role, start: RoleSettings, saved: Path | None, state: Path | None
+) -> RoleSettings:
+    """Return the settings of a trained role that starts, or goes on with what was saved."""
+    if saved is None or state is None:
+        return start
+    model, adapter = trained_model(role, start.ppo, start.model_path, str(saved))
+    return replace(start, model_path=model, adapter_path=adapter, state_path=str(state / role))
 
 
 @pytest.fixture

@@ -138,8 +138,8 @@ class SmallEngine:
 
     def load_weights(self, weights: Any, version: int) -> int:
         state = {name: torch.as_tensor(value).clone() for name, value in weights}
-        _, unexpected = self.model.load_state_dict(state, strict=False)
-        assert not unexpected
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected and missing == list(self.model.all_tied_weights_keys)
         self.weight_version = version
         return version
 

@@ -46,6 +46,9 @@ class Mortal:
         self.version = version
         return self._answer("load_weights", version, usually=version)
 
+    def keep_weights(self, frozen: Any) -> Any:
+        return self._answer("keep_weights", frozen)
+
     def generate(self, prompts: Any, first: int, step: int) -> Any:
         row = torch.tensor([1])
         rollout = groups.Rollout(*[row] * 6, *[torch.tensor([self.version])] * 2)
@@ -107,6 +110,7 @@ def test_a_successor_repeats_the_call(
 
 def test_a_new_engine_catches_up_alone(make: Make, log: Log) -> None:
     group = make(RolloutGroup, {}, {"generate": DEAD}, size=2)
+    group.keep_weights("frozen").wait()
     for version in (1, 2):
         group.load_weights("weights", version).wait()
     log.clear()
@@ -116,6 +120,7 @@ def test_a_new_engine_catches_up_alone(make: Make, log: Log) -> None:
         ("rollout0", "generate", 5),
         ("rollout1", "generate", 5),
         ("rollout1'", "start"),
+        ("rollout1'", "keep_weights", "frozen"),
         ("rollout1'", "load_weights", 2),
         ("rollout1'", "generate", 5),
     ]

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -145,16 +145,18 @@ class Backend(ABC):
             self._away.bring_back()
             self._away = None
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, float32 CPU tensor) of every weight, shared ones once; every rank calls it.
 
-        Where weights are sharded, each step is a collective: exhaust the iterator on every rank.
+        `wanted` leaves out all others, the same on every rank. Where weights are sharded, each step
+        is a collective: exhaust the iterator on every rank.
         """
         kept = set(self.module.state_dict(keep_vars=True))
         for name, parameter in self.module.named_parameters():
-            yield name, self._full(parameter).detach().to("cpu", torch.float32)
+            if wanted is None or name in wanted:
+                yield name, self._full(parameter).detach().to("cpu", torch.float32)
         for name, buffer in self.module.named_buffers():
-            if name in kept:
+            if name in kept and (wanted is None or name in wanted):
                 yield name, buffer.detach().to("cpu", torch.float32)
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
