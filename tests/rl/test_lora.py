@@ -175,6 +175,28 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("adapters", [None, LORA])
+def test_checkpointed_layers_run_again_and_compute_the_same(
+    train: Callable[..., Any], make_roles: Callable[..., Roles], settings: Make, adapters: Any
+) -> None:
+    """In both roles, whose models otherwise stay in the mode in which transformers keeps all."""
+    rows = {}
+    for again in (False, True):
+        training = {"learning_rate": 1e-2, "gradient_checkpointing": again}
+        keys = {"lora": adapters, "actor": training, "critic": training, "num_minibatches": 1}
+        rows[again] = timeless(train(str(again), **keys, steps=2))
+        roles = make_roles(settings(**keys))
+        rollout = sample(settings())
+        for group in (roles.actor, roles.critic):
+            worker = worker_of(group)
+            calls: list[int] = []
+            layer = worker.model.hf.model.layers[0]
+            layer.self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            update(worker, rollout)
+            assert len(calls) == (2 if again else 1)
+    assert rows[True] == rows[False]
+
+
 def test_an_export_is_a_plain_model_and_an_adapter_for_peft(
     settings: Make, small_model: Path, tmp_path: Path
 ) -> None:

@@ -135,12 +135,16 @@ def skipped(found: dict[str, Any]) -> list[float]:
 
 @pytest.fixture
 def plan_of(settings: Make, small_critic: Path) -> Callable[..., Plan]:
-    """Return plan_of(name=keys of TrainingConfig): settings of actor and critic under each."""
+    """Return plan_of(name=keys of TrainingConfig): settings of actor and critic under each.
+
+    With `lora` in its name, both train adapters.
+    """
 
     def make(**variants: dict[str, Any]) -> Plan:
         plan = {}
         for name, keys in variants.items():
-            optimizer = {**OPTIMIZER, **keys}
+            adapters = {"lora": {"rank": 4, "alpha": 8}} if "lora" in name else {}
+            optimizer = {**OPTIMIZER, **keys, **adapters}
             own = settings(actor=optimizer, critic=optimizer, actor_ranks=2)
             plan[f"actor {name}"] = own
             plan[f"critic {name}"] = replace(own, model_path=str(small_critic))
@@ -151,13 +155,18 @@ def plan_of(settings: Make, small_critic: Path) -> Callable[..., Plan]:
 
 @pytest.fixture
 def alone(settings: Make, plan_of: Callable[..., Plan]) -> dict[str, dict[str, Any]]:
-    """What actor and critic do alone, under DDP in float32."""
+    """What actor and critic do alone, under DDP in float32, with adapters and without."""
     rollout, found = sample(settings()), {}
-    for name, own in plan_of(ddp={}).items():
+    for name, own in plan_of(ddp={}, lora={}).items():
         worker = KINDS[name.partition(" ")[0]](own)
         worker.start(("", 0))
-        found[name.partition(" ")[0]] = work(worker, rollout)
+        found[kind_of(name)] = work(worker, rollout)
     return found
+
+
+def kind_of(name: str) -> str:
+    """Return which of those that work alone a worker of a plan has to equal."""
+    return name.partition(" ")[0] + (" lora" if "lora" in name else "")
 
 
 def run(folder: Path, plan: Plan, rollout: Rollout) -> dict[str, list[dict[str, Any]]]:
@@ -172,9 +181,9 @@ def test_31_two_ranks_update_as_one(
     """Ragged rows, in micro-batches of which the ranks have different numbers."""
     rollout = sample(settings())
     assert len(set(rollout.lengths)) > 2
-    for name, ranks in run(tmp_path, plan_of(ddp={}), rollout).items():
+    for name, ranks in run(tmp_path, plan_of(ddp={}, lora={}), rollout).items():
         for found in ranks:
-            check(found, alone[name.partition(" ")[0]])
+            check(found, alone[kind_of(name)])
             assert skipped(found) == [1.0, 1.0]  # the minibatch with the bad row
 
 
@@ -182,7 +191,10 @@ def test_31_two_ranks_update_as_one(
 def test_35_zero_updates_as_ddp_and_skips_on_all_ranks_together(
     settings: Make, plan_of: Callable[..., Plan], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The bad row lies on one rank. In bfloat16, reference and reward model agree to the bit."""
+    """The bad row lies on one rank. In bfloat16, reference and reward model agree to the bit.
+
+    With offload, all is on the host between its uses, and layers run again in the backward pass.
+    """
     variants: dict[str, dict[str, Any]] = {
         f"zero{stage} {precision}": {
             "backend": "deepspeed",
@@ -197,8 +209,16 @@ def test_35_zero_updates_as_ddp_and_skips_on_all_ranks_together(
             (0, "bfloat16"),
         )
     }
+    offload = {
+        "backend": "deepspeed",
+        "zero_stage": 3,
+        "offload": "cpu",
+        "gradient_checkpointing": True,
+    }
+    variants |= {"offload float32": offload, "offload lora": offload}
     plan = plan_of(**variants)
-    plan = {name: own for name, own in plan.items() if "actor" in name or "zero2" in name}
+    both = ("zero2", "offload")
+    plan = {name: o for name, o in plan.items() if "actor" in name or any(b in name for b in both)}
     for name, ranks in run(tmp_path, plan, sample(settings())).items():
         first, second = (found["weights after the bad step"] for found in ranks)
         assert all(torch.equal(first[key], second[key]) for key in first), name
@@ -207,4 +227,4 @@ def test_35_zero_updates_as_ddp_and_skips_on_all_ranks_together(
             if "bfloat16" in name:
                 assert found["agrees"], name
             else:
-                check(found, alone[name.partition(" ")[0]])
+                check(found, alone[kind_of(name)])
