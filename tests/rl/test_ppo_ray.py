@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayrlhf.config import RecipeError, parse
 from rayrlhf.metrics import read_jsonl
+from rayrlhf.models import lora
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training.checkpoint import is_complete
 from tests.rl.inline import engine_model
@@ -28,10 +29,14 @@ import json, sys
 import ray
 from rayrlhf.config import parse
 from rayrlhf.rl.ppo import train_ppo
+from tests.rl.test_ppo_ray import copy_as_killed
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-for recipe in sys.argv[1:]:
-    train_ppo(parse(json.loads(recipe)))
+for task in map(json.loads, sys.argv[1:]):
+    if "copy" in task:
+        copy_as_killed(*task["copy"])
+    else:
+        train_ppo(parse(task))
 """
 
 
@@ -66,11 +71,18 @@ def make_run(folder: Path, model: Path) -> dict[str, Any]:
     }
 
 
-def start(log: Path, *recipes: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Run the recipes one after the other, in one process on one cluster."""
+def copy_as_killed(whole: str, cut: str) -> None:
+    """Copy a run of two steps as a kill after the first leaves it."""
+    shutil.copytree(Path(whole) / "ppo", Path(cut) / "ppo")
+    for lost in ("final", "checkpoints/step-00000002"):
+        shutil.rmtree(Path(cut) / "ppo" / lost)
+
+
+def start(log: Path, *tasks: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Run recipes, and make the copies that are asked for, in one process on one cluster."""
     with log.open("wb") as sink:
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *map(json.dumps, recipes)],
+            [sys.executable, "-c", SCRIPT, *map(json.dumps, tasks)],
             cwd=ROOT,
             stdout=sink,
             stderr=sink,
@@ -79,7 +91,7 @@ def start(log: Path, *recipes: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
-    assert process.wait(timeout=600) == 0, log.read_text(errors="replace")[-3000:]
+    assert process.wait(timeout=840) == 0, log.read_text(errors="replace")[-3000:]
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -164,21 +176,25 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_zero_2_has_the_metrics_of_ddp_resumes_and_exports(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    """Two ranks each for the actor and the critic."""
+def test_zero_has_the_metrics_of_ddp_resumes_and_exports(tmp_path: Path, tiny_model: Path) -> None:
+    """Two ranks each for the actor, which trains adapters, and the critic, which trains all."""
     model = engine_model(tmp_path / "model", tiny_model)
     ddp, zero, cut = (tmp_path / name for name in ("ddp", "zero", "cut"))
     # A small gradient's sign is rounding; eps keeps its step small.
     optimizer = {"learning_rate": 1e-3, "adam_eps": 1e-3}
     recipes = {folder: make_run(folder, model) for folder in (ddp, zero, cut)}
+    zero_2 = {"backend": "deepspeed", "zero_stage": 2}
+    zero_3 = {**zero_2, "zero_stage": 3, "offload": "cpu", "gradient_checkpointing": True}
     for folder, recipe in recipes.items():
         recipe["resources"]["critic"] = {"num_workers": 2}
-        backend = {} if folder == ddp else {"backend": "deepspeed", "zero_stage": 2}
-        training = {**optimizer, **backend}
-        recipe["ppo"] |= {"steps": 2, "save_every": 1, "actor": training, "critic": training}
-    finish(start(tmp_path / "whole.log", recipes[ddp], recipes[zero]), tmp_path / "whole.log")
+        actor: dict[str, Any] = {**optimizer, "learning_rate": 1e-2, "lora": {"rank": 4}}
+        critic = dict(optimizer)
+        if folder != ddp:
+            actor, critic = actor | zero_3, critic | zero_2
+        recipe["ppo"] |= {"steps": 2, "save_every": 1, "actor": actor, "critic": critic}
+    copy = {"copy": [str(zero), str(cut)]}
+    tasks = [recipes[ddp], recipes[zero], copy, recipes[cut]]
+    finish(start(tmp_path / "log", *tasks), tmp_path / "log")
 
     found = {
         folder: timeless(read_jsonl(folder / "ppo" / "metrics.jsonl")) for folder in (ddp, zero)
@@ -197,7 +213,9 @@ def test_zero_2_has_the_metrics_of_ddp_resumes_and_exports(
     assert exported.keys() == begin.keys()
     for name, weight in exported.items():
         torch.testing.assert_close(weight, trained[name], atol=1e-4, rtol=0)
-    assert any(not torch.equal(exported[name], begin[name]) for name in begin)
+    changed = {name for name in begin if not torch.equal(exported[name], begin[name])}
+    assert changed and all(name.split(".")[-2].endswith("_proj") for name in changed)
+    assert (zero / "ppo" / "final" / "adapter" / lora.WEIGHTS).exists()
 
     state = zero / "ppo" / "checkpoints" / "step-00000002" / "training_state"
     for role in ("actor", "critic"):
@@ -206,11 +224,6 @@ def test_zero_2_has_the_metrics_of_ddp_resumes_and_exports(
             "optimizer-00001-of-00002-00000.safetensors",
         ]
 
-    # The run as a kill after the first step leaves it.
-    shutil.copytree(zero / "ppo", cut / "ppo")
-    for lost in ("final", "checkpoints/step-00000002"):
-        shutil.rmtree(cut / "ppo" / lost)
-    finish(start(tmp_path / "cut.log", recipes[cut]), tmp_path / "cut.log")
     assert timeless(read_jsonl(cut / "ppo" / "metrics.jsonl")) == found[zero]
     resumed = weights(cut / "ppo" / "final")
     assert all(torch.equal(resumed[name], exported[name]) for name in begin)
