@@ -237,10 +237,12 @@ def own_settings(
 ) -> Callable[..., dict[Any, RoleSettings]]:
     """Return own_settings(rewards): what the roles of a recipe have to know."""
 
-    def make(rewards: list[dict[str, Any]], **changes: Any) -> dict[Any, RoleSettings]:
+    def make(
+        rewards: list[dict[str, Any]], checkpoint: Path | None = None, **changes: Any
+    ) -> dict[Any, RoleSettings]:
         own = recipe(tmp_path, tiny_model, rewards, **changes)
         assert own.ppo is not None
-        return role_settings(own, own.ppo, tokenizer, Prompts([[3]], 0, 1), None)
+        return role_settings(own, own.ppo, tokenizer, Prompts([[3]], 0, 1), checkpoint)
 
     return make
 
@@ -259,6 +261,26 @@ def test_without_a_reward_model_the_critic_starts_at_0(
     assert torch.equal(
         trunk, ScalarHeadModel.from_causal_lm(tiny_model).hf.model.embed_tokens.weight
     )
+
+
+def test_a_critic_with_adapters_that_started_at_0_goes_on_from_its_own_head(
+    own_settings: Callable[..., dict[Any, RoleSettings]], functions: str, tmp_path: Path
+) -> None:
+    rewards = [{"function": f"{functions}:length"}]
+    ppo = {"prompts": "p", "rewards": rewards, "critic": {"lora": {"rank": 4}}}
+    critics = [CriticWorker(own_settings(rewards, ppo=ppo)["critic"])]
+    critics[0].start(("", 0))
+    with torch.no_grad():
+        for name, parameter in critics[0].model.named_parameters():
+            if "score" in name or "lora_B" in name:
+                parameter.fill_(0.1)
+    critics[0].save(str(tmp_path / "step"))
+    critics.append(CriticWorker(own_settings(rewards, tmp_path / "step", ppo=ppo)["critic"]))
+    critics[1].start(("", 0))
+    ids = torch.tensor([[5, 9, 40]])
+    values = [critic.model(ids, torch.ones_like(ids)) for critic in critics]
+    assert values[0].abs().min() > 0
+    assert torch.equal(*values)
 
 
 def test_the_critic_starts_from_the_first_reward_model_that_is_named(
