@@ -8,6 +8,7 @@ exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help
 from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.kl import KLConfig
 from rayrlhf.config.label import ArenaConfig, LabelConfig, SampleConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
@@ -47,6 +48,7 @@ __all__ = [
     "EarlyStopping",
     "Edit",
     "EvaluateConfig",
+    "KLConfig",
     "Filter",
     "Fraction",
     "LabelConfig",

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.asynchrony import AsynchronyConfig
 from rayrlhf.config.gate import GateConfig, OldLogProbs
+from rayrlhf.config.kl import KLConfig
 from rayrlhf.config.rewards import RewardSource, check_rewards
 from rayrlhf.config.section import Fraction, NonNegative, Positive, PositiveFloat
 from rayrlhf.config.training import RoleLoraConfig, RoleTrainingConfig
@@ -75,6 +76,8 @@ class PPOConfig(AsynchronyConfig):
     None keeps the coefficient fixed."""
     kl_horizon: PositiveFloat = 10_000
     """Responses over which the adaptive coefficient may change by its own size."""
+    kl: KLConfig = KLConfig()
+    """The KL budget: above it the run pauses updates, goes back, or stops."""
     ptx_coef: NonNegative = 0.0
     """gamma of PPO-ptx (InstructGPT eq. 2): weight of the pretraining loss in the actor's."""
     ptx_batch_size: Positive = 8
@@ -173,6 +176,22 @@ class PPOConfig(AsynchronyConfig):
     @model_validator(mode="after")
     def _rewards_can_score(self) -> Self:
         check_rewards(self.rewards, self.deadline_s)
+        return self
+
+    @model_validator(mode="after")
+    def _kl_budget_can_be_kept(self) -> Self:
+        budget = self.kl.budget
+        if budget is not None and self.kl_target is not None and self.kl_target >= budget:
+            raise ValueError(
+                f"ppo.kl_target={self.kl_target:g} is not below ppo.kl.budget={budget:g}: the "
+                "adaptive coefficient would steer the policy out of it; set the target to half "
+                "of the budget"
+            )
+        if self.kl.on_exceed == "rollback" and self.kl_coef == 0:
+            raise ValueError(
+                "ppo.kl.on_exceed=rollback with ppo.kl_coef=0: a larger coefficient is what makes "
+                "the run another one; set ppo.kl_coef=0.02, or on_exceed=pause"
+            )
         return self
 
     @model_validator(mode="after")

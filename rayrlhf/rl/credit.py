@@ -55,6 +55,8 @@ class Credit:
     kl_per_response: float
     """Nats: k1 summed over a response's tokens, averaged over responses."""
     metrics: dict[str, float]
+    updates_actor: bool = True
+    """False in a step that is above the KL budget (budget.py)."""
 
 
 def assign_credit(cfg: PPOConfig, rollout: Rollout, found: Evaluation, *, kl_coef: float) -> Credit:

@@ -33,11 +33,11 @@ from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.reward_function import check_functions
 from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
-from rayrlhf.rl.state import State, go_back, restore, save
+from rayrlhf.rl.state import State, go_back, restore, resume_point, save
 from rayrlhf.rl.supervision import GoBack
 from rayrlhf.rl.waiting import absent, share, wait_all
 from rayrlhf.rl.weight_sync import send_frozen, sync_weights
-from rayrlhf.training.checkpoint import begin, commit, is_complete, newest_checkpoint
+from rayrlhf.training.checkpoint import begin, commit, is_complete
 from rayrlhf.training.model_card import write_card
 
 
@@ -51,8 +51,8 @@ def train_ppo(recipe: Recipe) -> Path:
         raise RecipeError("the recipe has no ppo section: add one with `prompts:`")
     # Workers write checkpoints, too, and Ray may have started them in another folder.
     stage_dir = recipe.path.absolute() / "ppo"
-    checkpoint = newest_checkpoint(stage_dir)
-    state = restore(cfg, checkpoint)
+    checkpoint, rollback = resume_point(stage_dir)
+    state = restore(cfg, checkpoint, rollback)
     if is_complete(stage_dir / "final") and state.step >= cfg.steps:
         return stage_dir / "final"
     tokenizer = load_tokenizer(recipe)
@@ -69,9 +69,9 @@ def train_ppo(recipe: Recipe) -> Path:
         while True:
             try:
                 return _run(recipe, cfg, roles, prompts, state, tokenizer)
-            except GoBack:  # an actor or critic rank died: the other roles stay as they are
+            except GoBack as why:  # a dead learner, or KL above budget: the other roles stay
                 settings_from = partial(role_settings, recipe, cfg, tokenizer, prompts)
-                state = go_back(cfg, roles, stage_dir, settings_from)
+                state = go_back(cfg, roles, stage_dir, settings_from, why)
 
 
 def _run(
@@ -133,18 +133,19 @@ def optimize(
                 Evaluation(old_log_probs, ref_log_probs, values, scores),
                 kl_coef=state.kl.coef,
             )
+            credit = state.budget.keep(credit, ref_log_probs, step, state.kl.coef)
             experience, importance = correct(credit.experience, cfg)  # of the engine's policy
             shared = share(experience)
 
-            is_warm = step >= cfg.critic_warmup_steps
+            trains_actor = credit.updates_actor and step >= cfg.critic_warmup_steps
             with timer("update"):  # 4. V must be sane first
                 updates = [roles.critic.update(shared, step)] if roles.critic else []
-                if is_warm:
+                if trains_actor:
                     updates.append(roles.actor.update(shared, step))
                 losses = wait_all(*updates)
 
             with timer("sync"):  # 5. no rollout on old weights
-                if is_warm:
+                if trains_actor:
                     state.version += 1
                     sync_weights(roles.actor, roles.rollout, version=state.version)
             state.kl.update(credit.kl_per_response, num_responses=len(rollout))

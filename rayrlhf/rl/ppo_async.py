@@ -74,18 +74,19 @@ def optimize(
                 Evaluation(old_log_probs, ref_log_probs, values, scores),
                 kl_coef=state.kl.coef,
             )
+            credit = state.budget.keep(credit, ref_log_probs, step, state.kl.coef)
             experience, importance = correct(credit.experience, cfg)  # of the engine's policy
             shared = share(experience)
 
-            is_warm = step >= cfg.critic_warmup_steps
+            trains_actor = credit.updates_actor and step >= cfg.critic_warmup_steps
             with timer("update"):  # 4. V must be sane first
                 updates = [roles.critic.update(shared, step)] if roles.critic else []
-                if is_warm:
+                if trains_actor:
                     updates.append(roles.actor.update(shared, step))
                 losses = wait_all(*updates)
 
             with timer("sync"):  # 5. rollouts to come start on new weights
-                state.version += is_warm
+                state.version += trains_actor
                 stream.advance(step + 1, state.version)
             state.kl.update(credit.kl_per_response, num_responses=len(rollout))
             state.step = step + 1

@@ -22,7 +22,7 @@ NOT_UPDATED = dict.fromkeys(
     ),
     math.nan,
 )
-"""Of a step that warms up the critic alone; the log has them as null. The last two are known where
+"""Of a step that trains the critic alone; the log has them as null. The last two are known where
 the actor evaluates the rollout."""
 
 

@@ -72,13 +72,13 @@ def commit(tmp: Path, keep: int | None = None, best: int | None = None) -> Path:
 
     place = tmp.with_name(tmp.name.removeprefix(".").removesuffix(".writing"))
     if place.exists():
-        _remove(place)
+        remove(place)
     tmp.rename(place)
     _fsync(place.parent)
     if keep is not None:
         for old in _steps(place.parent)[keep:]:
             if step_of(old) != best:
-                _remove(old)
+                remove(old)
     return place
 
 
@@ -139,7 +139,7 @@ def _steps(checkpoints: Path) -> list[Path]:
     )
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a checkpoint; killed half-way, what is left is not taken for a whole one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -12,9 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rayrlhf.config import PPOConfig, Role
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.rl import groups, waiting
+from rayrlhf.rl import groups, ppo, ppo_async, waiting
 from rayrlhf.rl.placement import Roles
-from rayrlhf.rl.ppo import optimize
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
@@ -183,7 +182,7 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> Callable[..., Metrics]:
-    """Return train(name, **keys of PPOConfig): run the loop; returns metrics.jsonl."""
+    """Return train(name, **keys of PPOConfig): run the loop they ask for; returns its metrics."""
 
     def run(name: str = "run", *, seed: int = 0, **keys: Any) -> Metrics:
         own = settings(seed=seed, **keys)
@@ -191,10 +190,10 @@ def train(
         checkpoint = newest_checkpoint(stage)
         state = restore(own.ppo, checkpoint)
         roles = make_roles(own, checkpoint=checkpoint)
+        prompts = Prompts(PROMPTS, seed, own.ppo.batch_size)
+        loop = ppo_async.optimize if own.ppo.max_staleness else ppo.optimize
         with MetricsLogger(stage, start_step=state.step) as log:
-            optimize(
-                own.ppo, roles, Prompts(PROMPTS, seed, own.ppo.batch_size), state, log, tokenizer
-            )
+            loop(own.ppo, roles, prompts, state, log, tokenizer)
         return read_jsonl(stage / "metrics.jsonl")
 
     return run

@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import PPOConfig, RecipeError, parse
-from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.rl import ppo, ppo_async
 from rayrlhf.rl.experience import Experience
 from rayrlhf.rl.off_policy import correct
-from rayrlhf.rl.placement import Roles
-from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.setup import Prompts
-from rayrlhf.rl.state import restore
-from rayrlhf.training.checkpoint import newest_checkpoint
-from tests.rl.inline import PROMPTS, timeless
+from tests.rl.inline import timeless
 from tests.rl.test_experience import rollout
 
 Train = Callable[..., list[dict[str, Any]]]
@@ -33,29 +26,6 @@ BANDIT: dict[str, Any] = {
     "actor": {"learning_rate": 2e-2},
     "critic": {"learning_rate": 1e-2},
 }
-
-
-@pytest.fixture
-def train(
-    make_roles: Callable[..., Roles],
-    settings: Callable[..., RoleSettings],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> Train:
-    """Return train(name, **keys of PPOConfig): run the loop they ask for; returns its metrics."""
-
-    def run(name: str = "run", *, seed: int = 0, **keys: Any) -> list[dict[str, Any]]:
-        own = settings(seed=seed, **keys)
-        cfg, stage = own.ppo, tmp_path / name
-        checkpoint = newest_checkpoint(stage)
-        state, roles = restore(cfg, checkpoint), make_roles(own, checkpoint=checkpoint)
-        prompts = Prompts(PROMPTS, seed, cfg.batch_size)
-        loop = ppo_async.optimize if cfg.max_staleness else ppo.optimize
-        with MetricsLogger(stage, start_step=state.step) as log:
-            loop(cfg, roles, prompts, state, log, tokenizer)
-        return read_jsonl(stage / "metrics.jsonl")
-
-    return run
 
 
 def test_every_response_is_as_old_as_allowed(train: Train) -> None:
@@ -95,7 +65,7 @@ def test_the_two_loops_differ_where_they_say() -> None:
         'with timer("rollout"):  # 1. on-policy by construction',
         "rollout = roles.rollout.generate(prompts.take(step), step).wait()",
         'with timer("sync"):  # 5. no rollout on old weights',
-        "if is_warm:",
+        "if trains_actor:",
         "state.version += 1",
         "sync_weights(roles.actor, roles.rollout, version=state.version)",
         '**rollout_metrics(rollout, timer.seconds["time/rollout_s"]),',

@@ -1,25 +1,29 @@
 """A whole run whose workers die, in this process: its metrics are those of an undisturbed one."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray.exceptions
+from safetensors.torch import load_file
 
-from rayrlhf.config import parse
+from rayrlhf.config import PPOConfig, parse
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups, ppo
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
+from rayrlhf.rl.state import restore, resume_point
 from rayrlhf.rl.supervision import Supervisor
 from rayrlhf.rl.waiting import wait_all
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
-from rayrlhf.training.checkpoint import is_complete
+from rayrlhf.training.checkpoint import begin, commit, is_complete
 from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine
 
 Death = tuple[str, str, int]
@@ -196,3 +200,73 @@ def test_too_many_deaths_end_the_run_and_keep_its_checkpoint(
         run("lost", *deaths, max_restarts=1)
     assert is_complete(tmp_path / "lost" / "ppo" / "checkpoints" / "step-00000002")
     assert undisturbed(run("lost")) == undisturbed(run("whole"))
+
+
+ROLLED_BACK: dict[str, Any] = {
+    "steps": 8,
+    "kl_target": None,
+    "kl_coef": 0.01,
+    "samples_per_prompt": 8,
+    "actor": {"learning_rate": 1e-2},
+    "kl": {"budget": 0.6, "on_exceed": "rollback", "patience": 1, "coef_factor": 100},
+}
+
+
+def test_a_kl_above_budget_goes_back_with_a_larger_coefficient(
+    run: Callable[..., list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Killed right after the second time, the same command goes on from there all the same."""
+    renew, kills, starts = Roles.renew_trained, [False], []
+
+    def renew_and_look(self: Roles, settings: dict[str, RoleSettings]) -> None:
+        renew(self, settings)
+        start = Path(settings["actor"].model_path)
+        _, weights = self.actor.seats[0].worker.worker.weights()
+        for name, saved in load_file(start / "model.safetensors").items():
+            assert np.array_equal(weights[name], saved.numpy()), name  # bit for bit
+        starts.append(start.name)
+        if kills[0] and len(starts) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Roles, "renew_trained", renew_and_look)
+    rows = run("whole", **ROLLED_BACK)
+    assert len(starts) == 2 and starts[1] == "step-00000002"
+    assert [row["kl/rollbacks"] for row in rows] == [1.0] * 2 + [2.0] * 6
+    assert [row["kl/coef"] for row in rows] == [1.0] * 2 + [100.0] * 6
+    assert all(row["kl/ref_per_response"] <= 0.6 for row in rows)
+    assert rows[-1]["kl/over_budget_count"] == 2
+    said = capsys.readouterr().out
+    assert "the run goes back, and on with a KL coefficient of 1\nppo: back to step 0" in said
+
+    starts.clear()
+    kills[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", **ROLLED_BACK)
+    kills[0] = False
+    assert undisturbed(run("cut", **ROLLED_BACK)) == undisturbed(rows)
+
+
+def test_a_rollback_leaves_no_newer_checkpoint_behind(tmp_path: Path) -> None:
+    """Killed before it was renewed, or between two removals: the newest one is not taken."""
+
+    def write(step: int, rollbacks: int) -> Path:
+        folder = begin(tmp_path, step)
+        (folder / "training_state").mkdir()
+        budget = {"in_a_row": 0, "count": 0, "rollbacks": rollbacks, "good_step": 0}
+        controller = {"step": step, "version": step, "kl_coef": 0.02, "kl_budget": budget}
+        (folder / "training_state" / "controller.json").write_text(json.dumps(controller))
+        return commit(folder)
+
+    good, over = write(2, 0), write(4, 0)
+    assert resume_point(tmp_path) == (over, None)
+    rollback = {"step": 2, "number": 1, "kl_coef": 0.04, "count": 3}
+    (tmp_path / "checkpoints" / "kl_rollback.json").write_text(json.dumps(rollback))
+    checkpoint, last = resume_point(tmp_path)
+    assert checkpoint == good and last is not None and not over.exists()
+    state = restore(PPOConfig(prompts="p"), checkpoint, last)
+    assert (state.step, state.kl.coef) == (2, 0.04)
+    assert (state.budget.rollbacks, state.budget.count) == (1, 3)
+    since = write(4, 1)
+    assert resume_point(tmp_path) == (since, None)
