@@ -26,7 +26,9 @@ class KLConfig(Section):
     that was found within the budget, with the KL coefficient times `coef_factor`. `stop`: the run
     ends."""
     coef_factor: Annotated[float, Field(gt=1)] = 2.0
-    """What a rollback multiplies the KL coefficient by; with the old one the same would follow."""
+    """What a rollback multiplies the KL coefficient by; with the old one the same would follow. A
+    policy that leaves the budget within a few steps, before there is a KL to penalise, needs a
+    lower learning rate instead."""
     max_rollbacks: Positive = 5
     """Rollbacks after which the run ends instead of going back once more."""
 

@@ -248,6 +248,18 @@ def test_a_kl_above_budget_goes_back_with_a_larger_coefficient(
     assert undisturbed(run("cut", **ROLLED_BACK)) == undisturbed(rows)
 
 
+def test_rollouts_ahead_of_the_learner_go_back_with_it(
+    run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was rolled out by weights that are gone is given up."""
+    kl = {**ROLLED_BACK["kl"], "budget": 0.95}
+    rows = run("ahead", **{**ROLLED_BACK, "kl": kl, "max_staleness": 1})
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["kl/rollbacks"] == capsys.readouterr().out.count("ppo: back to step") > 0
+    assert all(row["kl/ref_per_response"] <= 0.95 for row in rows)
+    assert [row["rollout/staleness_max"] for row in rows] == [0, 1] * 4
+
+
 def test_a_rollback_leaves_no_newer_checkpoint_behind(tmp_path: Path) -> None:
     """Killed before it was renewed, or between two removals: the newest one is not taken."""
 
