@@ -14,7 +14,7 @@ BENCHMARKS = sorted((Path(__file__).parent / "benchmarks").glob("*.py"))
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_benchmark_ends_with_its_figures(path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, str(path), "--quick"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(path), "--quick"], capture_output=True, text=True, timeout=900
     )
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])
