@@ -42,6 +42,7 @@ STAGES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
     "joined": (PretrainStage, {}),
     "apart": (PretrainStage, {"documents": "apart"}),
     "sft": (SFTStage, {}),
+    "lora": (SFTStage, {"lora": {"rank": 4, "dropout": 0.0}, "adam_eps": 1e-4}),
     "reward": (RewardStage, {}),
     # Gradients of a pair cancel where its responses agree: Adam would take rounding to size 1.
     "dpo": (DPOStage, {"adam_eps": 1e-4}),
