@@ -1,9 +1,9 @@
 """Imports go one way, as in the table of the layers."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -109,11 +109,13 @@ def test_help_is_fast_and_light() -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         said = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - start)
+        after = os.times()  # of the processor: what else runs meanwhile does not count
+        user, system = "children_user", "children_system"
+        seconds.append(sum(getattr(after, key) - getattr(before, key) for key in (user, system)))
         assert said.stdout.rstrip().endswith("[]")
         assert "pipeline" in said.stdout
     assert min(seconds) < 1.0
