@@ -202,6 +202,7 @@ def test_the_arena_asks_real_models(tmp_path: Path, tiny_model: Path) -> None:
             body = {"key": "k" * 16, "prompt": "The movie"}
             asked = functools.partial(client.post, "/api/battles", json=body)
             answer = patiently(asked, time.monotonic() + 300)
+            assert answer.status_code == 200, answer.text
             assert len(answer.json()["battle"]["responses"]) == 2
             long = {"key": "l" * 16, "prompt": "The movie is long. " * 40}
             refused = client.post("/api/battles", json=long)
