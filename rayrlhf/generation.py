@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import set_num_threads  # vLLM puts one that does nothing in its place
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ENVIRONMENT = {
@@ -80,7 +81,7 @@ class Engine:
             from torch._dynamo import config as dynamo
 
             dynamo.disable = True
-            torch.set_num_threads(num_threads)
+            set_num_threads(num_threads)
         from vllm import LLM
 
         self.eos_token_id = eos_token_id
@@ -139,8 +140,7 @@ class Engine:
             )
             for seed in seeds
         ]
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)  # a setting of the thread
+        self._set_threads()
         with self._turn:
             self._llm.enqueue(
                 [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
@@ -154,6 +154,15 @@ class Engine:
                 outputs += [output for output in engine.step() if output.finished]
         outputs.sort(key=lambda output: int(output.request_id))
         return [self._completion(output.outputs[0]) for output in outputs]
+
+    def _set_threads(self) -> None:
+        """Set PyTorch's number of threads, which every thread of Python has of its own.
+
+        Weights loaded under another number than they are used with give wrong logits: without
+        AVX-512, oneDNN packs them for a number of threads and keeps the kernels that it has.
+        """
+        if self._num_threads is not None:
+            set_num_threads(self._num_threads)
 
     def _completion(self, output: Any) -> Completion:
         if output.finish_reason not in ("stop", "length"):
@@ -213,6 +222,7 @@ class Engine:
                     f"weights of version {version}: {name} has the shape "
                     f"{tuple(tensors[name].shape)}, not {tuple(shape)}"
                 )
+        self._set_threads()
         ordered = [(name, tensors[name]) for name in self._shapes]
         # On CPU a tied head is a repacked copy of the embedding, and stays old unless it is sent.
         ordered += [(name, tensors[source]) for name, source in self._tied.items()]

@@ -11,7 +11,8 @@ from tests.rl.inline import engine_model
 from tests.scripts import result_of
 
 SCRIPT = """
-import json, sys, threading, time
+import json, os, sys, threading, time
+os.environ["OMP_NUM_THREADS"] = "2"  # what threads begin with; the engine is to have one
 import torch
 from rayrlhf.generation import Engine, request_seed
 from rayrlhf.models.causal_lm import load_causal_lm, named_weights, CausalLMModel
@@ -89,7 +90,11 @@ out["fresh"] = synced[1:] == [plain(fresh.generate(prompts, **greedy)),
 # New weights in the middle of responses: they come from another thread, at the tenth step.
 old = CausalLMModel(load_causal_lm(folder))
 engine.load_weights([(name, tensor.numpy()) for name, tensor in named_weights(old)], 3)
-loader = threading.Thread(target=engine.load_weights, args=(weights, 4))
+threads = []
+def load():
+    engine.load_weights(weights, 4)
+    threads.append(torch.get_num_threads())
+loader = threading.Thread(target=load)
 step, steps = engine._llm.llm_engine.step, []
 def counted():
     steps.append(1)
@@ -115,6 +120,13 @@ for prompt, c in zip(prompts, mixed):
 out["mixed_tokens"], out["mixed_gap"] = [tokens[3], tokens[4]], worst
 out["mixed_responses"] = sum(set(c.weight_versions) == {3, 4} for c in mixed)
 out["version_after"] = engine.weight_version
+def answer():
+    engine.generate(prompts[:1], temperature=1.0, max_tokens=1, seeds=[0])
+    threads.append(torch.get_num_threads())
+other = threading.Thread(target=answer)
+other.start()
+other.join()
+out["threads"] = threads
 print("RESULT" + json.dumps(out))
 """
 
@@ -216,3 +228,9 @@ def test_an_interrupted_response_goes_on_under_new_weights(found: dict[str, Any]
     assert found["mixed_responses"] >= 20
     assert min(found["mixed_tokens"]) >= 100
     assert found["mixed_gap"] < 1e-4
+
+
+@pytest.mark.slow
+def test_every_thread_of_python_computes_with_the_engines_number(found: dict[str, Any]) -> None:
+    """vLLM makes torch.set_num_threads do nothing, and the kernels of AVX2 need one number."""
+    assert found["threads"] == [1, 1]
