@@ -14,8 +14,9 @@ How a step's responses are cut into minibatches, ranks and micro-batches is a pu
 on exactly the micro-batches that the first epoch trains on, so its first ratio is exactly 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,6 +179,30 @@ class RowReader:
         return pad_rows(torch.cat([parts[i] for i in rows]), self.rollout.response_lengths[rows])
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a rollout that a rank worked on, and what it found: indices, one tensor per row.
+
+    They travel as one tensor: pickled one by one, each would take the storage of its micro-batch
+    along.
+    """
+
+    indices: list[int]
+    flat: Tensor
+    """The tensors, one after the other."""
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, indices: list[int], tensors: Sequence[Tensor]) -> "Rows":
+        """Take one tensor (n,) per row; their lengths may differ."""
+        flat = torch.cat(list(tensors)) if tensors else torch.zeros(0)
+        return cls(indices, flat, [len(each) for each in tensors])
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.indices
+        yield self.flat.split(self.lengths)
+
+
 def length_mask(lengths: Tensor) -> Tensor:
     """Return (B, T) float32: 1 on the first `lengths` columns of each row."""
     return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
@@ -196,8 +221,8 @@ def flatten(padded: Tensor, mask: Tensor) -> Tensor:
     return padded[mask.bool()]
 
 
-def scatter_rows(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
-    """Join the rows that the ranks worked on, each part (indices, one tensor per row), in order.
+def scatter_rows(parts: Sequence[Rows]) -> Tensor:
+    """Join the rows that the ranks worked on, in order: flat.
 
     Raises ValueError unless every row is there exactly once.
     """
@@ -206,7 +231,7 @@ def scatter_rows(parts: Sequence[tuple[list[int], list[Tensor]]]) -> Tensor:
         for indices, tensors in parts
         for index, row in zip(indices, tensors, strict=True)
     }
-    count = sum(len(indices) for indices, _ in parts)
+    count = sum(len(part.indices) for part in parts)
     if count != len(rows) or sorted(rows) != list(range(count)):
         raise ValueError(
             f"the ranks returned {count} rows, {len(rows)} of them different: every "

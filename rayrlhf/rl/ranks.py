@@ -30,9 +30,6 @@ from rayrlhf.training.checkpoint import STATE_DIR
 from rayrlhf.training.flops import ModelFlops, attended_pairs, model_flops
 from rayrlhf.training.utilization import matmul_rate
 
-Rows = tuple[list[int], list[Tensor]]
-"""Rows of a rollout that a rank worked on: their indices, and one tensor per row."""
-
 
 @dataclass(frozen=True)
 class RoleSettings:

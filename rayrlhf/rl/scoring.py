@@ -21,8 +21,8 @@ from rayrlhf.data.datasets import shard
 from rayrlhf.data.packing import microbatches
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.rl.clock import timed
-from rayrlhf.rl.experience import Rollout, RowReader
-from rayrlhf.rl.ranks import InferenceWorker, Rows
+from rayrlhf.rl.experience import Rollout, RowReader, Rows
+from rayrlhf.rl.ranks import InferenceWorker
 from rayrlhf.rl.reward_endpoint import EndpointScorer
 from rayrlhf.rl.reward_function import FunctionScorer
 from rayrlhf.rl.waiting import LINE_EVERY_S
@@ -70,7 +70,7 @@ class RewardWorker(InferenceWorker):
         if not self.cfg.rewards:
             return self._read(self.model, rollout, mine)
         if not mine:
-            return [], []
+            return Rows.of([], [])
         rows = sorted(mine)
         begun = self._submit(rollout, rows)
         columns: dict[int, list[Tensor]] = {}
@@ -80,7 +80,7 @@ class RewardWorker(InferenceWorker):
         for index, answer in begun.items():
             columns[index] = [self._answer(index, answer, len(rows))]
         parts = [column for index in sorted(columns) for column in columns[index]]
-        return rows, list(torch.stack(parts, dim=1))  # (b, C)
+        return Rows.of(rows, list(torch.stack(parts, dim=1)))  # (b, C)
 
     def _read(self, model: ScalarHeadModel, rollout: Rollout, mine: Sequence[int]) -> Rows:
         """Return the score (1,) of a model for each of the rows `mine`, read at its last token."""
@@ -98,7 +98,7 @@ class RewardWorker(InferenceWorker):
             last = last_scores(scores, micro.attention_mask.sum(dim=1))  # (b,)
             indices += micro.indices
             rows += list(last.cpu().unsqueeze(1))
-        return indices, rows
+        return Rows.of(indices, rows)
 
     def _of_model(self, model: ScalarHeadModel, rollout: Rollout, rows: list[int]) -> Tensor:
         """Return the scores of a model in the order of `rows`: (b,)."""

@@ -7,6 +7,7 @@ name the role and the call. What a worker's death means for a call says who star
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -113,14 +114,15 @@ def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lam
         late, call = min(waiting.values(), key=lambda pair: pair[1].started + pair[0].deadline_s)
         deadline = call.started + late.deadline_s
         until = min(deadline, next_line)
-        ready, _ = ray.wait(
-            list(waiting), num_returns=1, timeout=max(0.0, until - time.monotonic())
-        )
+        refs = list(waiting)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, until - time.monotonic()))
         if not ready and until == deadline:
             raise TimeoutError(
                 f"{late.role}.{call.name} is not done after ppo.deadline_s={late.deadline_s:g} s: "
                 f"{late.fix}, or raise ppo.deadline_s"
             )
+        if ready and len(refs) > 1:  # one by one, n answers would take n waits for up to n calls
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         _take_in_all(waiting, ready)
         now = time.monotonic()
         if waiting and now >= next_line:
@@ -130,16 +132,29 @@ def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lam
 
 
 def _take_in_all(waiting: dict[Ref, tuple[Pending[Any], Call]], ready: Sequence[Ref]) -> None:
-    for ref in ready:
+    answers = _answers(ready)
+    for ref, answer in zip(ready, answers, strict=True):
         each, call = waiting.pop(ref)
         if call.ref is ref:  # and no successor does it again
-            _take_in(each, call)
+            _take_in(each, call, answer)
 
 
-def _take_in(pending: Pending[Any], call: Call) -> None:
+def _answers(ready: Sequence[Ref]) -> list[Callable[[], Any]]:
+    """Return for each reference what gives its value, or raises what it failed with."""
+    try:
+        return [partial(_same, value) for value in ray.get(list(ready))]
+    except (*DEATHS, ray.exceptions.RayTaskError):  # of one of them: which one is asked again
+        return [partial(ray.get, ref) for ref in ready]
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def _take_in(pending: Pending[Any], call: Call, answer: Callable[[], Any]) -> None:
     """Take in the answer to a call; see `wait_all`."""
     try:
-        call.done(ray.get(call.ref))
+        call.done(answer())
     except DEATHS as error:
         _died(pending, call, error)
     except ray.exceptions.RayTaskError as error:

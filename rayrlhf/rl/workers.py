@@ -34,13 +34,13 @@ from rayrlhf.rl.experience import (
     Experience,
     Rollout,
     RowReader,
+    Rows,
     TokenBatch,
     rank_microbatches,
 )
 from rayrlhf.rl.ranks import (
     InferenceWorker,
     RoleSettings,
-    Rows,
     TrainedWorker,
     add,
     unpadded,
@@ -79,7 +79,7 @@ class ReferenceWorker(InferenceWorker):
             self.count(micro)
             indices += micro.indices
             rows += unpadded(log_probs, micro.mask)
-        return indices, rows
+        return Rows.of(indices, rows)
 
     def _groups(self, rollout: Rollout, step: int) -> list[list[int]]:
         """Return this rank's share of the micro-batches of all ranks of the actor."""
@@ -130,7 +130,7 @@ class ActorWorker(TrainedWorker):
             entropy_sum += float((entropy * micro.mask).sum())
             indices += micro.indices
             rows += unpadded(log_probs, micro.mask)[: len(micro.indices)]
-        return (indices, rows), entropy_sum
+        return Rows.of(indices, rows), entropy_sum
 
     def outputs(self, micro: TokenBatch, with_metrics: bool) -> tuple[Tensor, Tensor]:
         """Return log-probs and, with_metrics, entropies of the response tokens: (b, T) each."""
@@ -280,7 +280,7 @@ class ActorWorker(TrainedWorker):
             log_probs = response_log_probs(self.backend, micro, temperature)
             indices += group
             rows += unpadded(log_probs, micro.mask)[: len(group)]
-        return indices, rows
+        return Rows.of(indices, rows)
 
     @timed
     def weights(self) -> tuple[bool, Weights | None]:
@@ -343,7 +343,7 @@ class CriticWorker(TrainedWorker):
         for micro, values in self.forward_once(reader, step, updates=True):
             indices += micro.indices
             rows += unpadded(values, micro.mask)[: len(micro.indices)]
-        return indices, rows
+        return Rows.of(indices, rows)
 
     @timed
     def update(self, experience: Experience, step: int) -> dict[str, float]:

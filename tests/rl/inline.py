@@ -14,6 +14,7 @@ from rayrlhf.config import PPOConfig
 from rayrlhf.data.rows import write_shard
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
+from rayrlhf.rl.experience import Rows
 from rayrlhf.rl.reward_function import place_of
 from rayrlhf.rl.scoring import RewardWorker
 
@@ -149,7 +150,7 @@ class CountingReward(RewardWorker):
 
     def score(self, rollout: Any) -> Any:
         counts = [torch.tensor([float(row.count(5))]) for row in rollout.responses()]
-        return list(range(len(rollout))), counts
+        return Rows.of(list(range(len(rollout))), counts)
 
 
 def reward_places(cfg: PPOConfig) -> tuple[tuple[str, ...], ...]:

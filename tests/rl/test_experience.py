@@ -1,5 +1,7 @@
 """Records without padding, and how a step is cut up."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from rayrlhf.generation import Completion
 from rayrlhf.rl.experience import (
     Rollout,
     RowReader,
+    Rows,
     flatten,
     minibatches,
     pad_rows,
@@ -105,10 +108,16 @@ def test_ranks_take_every_row_once_in_equally_many_microbatches(
 
 
 def test_scatter_rows_restores_the_order() -> None:
-    def row(x: float) -> torch.Tensor:
-        return torch.tensor([x])
+    def rows(*tensors: list[float]) -> list[torch.Tensor]:
+        return [torch.tensor(each) for each in tensors]
 
-    parts = [([2, 0], [row(2.0), row(0.0)]), ([1], [row(1.0)])]
-    assert scatter_rows(parts).tolist() == [0.0, 1.0, 2.0]
+    parts = [Rows.of([2, 0], rows([2.0, 2.5], [0.0])), Rows.of([], []), Rows.of([1], rows([1.0]))]
+    assert scatter_rows(parts).tolist() == [0.0, 1.0, 2.0, 2.5]
     with pytest.raises(ValueError, match="exactly once"):
-        scatter_rows([([0, 0], [row(0.0), row(0.0)])])
+        scatter_rows([Rows.of([0, 0], rows([0.0], [0.0]))])
+
+
+def test_rows_travel_without_what_they_were_cut_from() -> None:
+    wide = torch.zeros(64, 1000)
+    sent = pickle.dumps(Rows.of(list(range(64)), [row[:3] for row in wide]))
+    assert len(sent) < 64 * 3 * 4 + 2000

@@ -9,6 +9,7 @@ import torch
 
 from rayrlhf.config import RecipeError
 from rayrlhf.rl import groups, waiting
+from rayrlhf.rl.experience import Rows
 from rayrlhf.rl.groups import ActorGroup, CriticGroup, RolloutGroup
 from rayrlhf.rl.waiting import wait_all
 from rayrlhf.rl.weight_sync import sync_weights
@@ -22,7 +23,7 @@ class Rank:
         self.indices = indices
 
     def values(self, rollout: Any, step: int) -> Any:
-        return self.indices, [torch.tensor([float(i)]) for i in self.indices]
+        return Rows.of(self.indices, [torch.tensor([float(i)]) for i in self.indices])
 
 
 class Late(InlineRay):
@@ -55,7 +56,7 @@ def test_a_long_wait_says_what_it_is_for(
     class Slow(InlineRay):
         @staticmethod
         def wait(refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-            done = [ref for ref in refs if ref.value[0] == [0]]
+            done = [ref for ref in refs if ref.value.indices == [0]]
             if not done:
                 time.sleep(timeout)
                 done = refs if next(intervals) == 3 else []

@@ -14,7 +14,7 @@ import ray.exceptions
 import torch
 
 from rayrlhf.rl import groups
-from rayrlhf.rl.experience import Experience, Rollout
+from rayrlhf.rl.experience import Experience, Rollout, Rows
 from rayrlhf.rl.placement import Roles
 from rayrlhf.training.checkpoint import STATE_DIR
 
@@ -125,7 +125,8 @@ class StubModel:
         self.update_s = update_s
 
     def rows(self, rollout: Rollout) -> Any:
-        return list(range(len(rollout))), [torch.full((RESPONSE_TOKENS,), -1.0)] * len(rollout)
+        found = [torch.full((RESPONSE_TOKENS,), -1.0)] * len(rollout)
+        return Rows.of(list(range(len(rollout))), found)
 
     def log_probs(self, rollout: Rollout, step: int) -> Any:
         return self.rows(rollout)
@@ -133,7 +134,8 @@ class StubModel:
     values = log_probs
 
     def score(self, rollout: Rollout) -> Any:
-        return list(range(len(rollout))), list(torch.linspace(0, 1, len(rollout)).unsqueeze(1))
+        scores = torch.linspace(0, 1, len(rollout)).unsqueeze(1)
+        return Rows.of(list(range(len(rollout))), list(scores))
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         time.sleep(self.update_s)
