@@ -74,20 +74,25 @@ def pack_best_fit(
     return packed, int(packed.size) - sum(len(chunk) for chunk in chunks)
 
 
-def microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+def microbatches(
+    lengths: Sequence[int], tokens_per_microbatch: int, *, min_fill: float = 0.0
+) -> list[list[int]]:
     """Group the positions of `lengths` so that (count * longest) stays within the budget.
 
     Longest first, so that running out of memory shows at once; every position occurs exactly
-    once. A sequence that is longer than the budget stands alone.
+    once. A sequence that is longer than the budget stands alone. At least `min_fill` (0 to 1) of a
+    group is not padding.
     """
     groups: list[list[int]] = []
-    longest = 0
+    longest = filled = 0
     for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * longest <= tokens_per_microbatch:
+        size = (len(groups[-1]) + 1) * longest if groups else 0
+        filled += lengths[position]
+        if groups and size <= tokens_per_microbatch and filled >= min_fill * size:
             groups[-1].append(position)
         else:
             groups.append([position])
-            longest = lengths[position]
+            longest = filled = lengths[position]
     return groups
 
 

@@ -26,6 +26,10 @@ from rayrlhf.data.datasets import pad, shard
 from rayrlhf.data.packing import microbatches
 from rayrlhf.generation import Completion
 
+MIN_FILL = 0.8
+"""Part of a micro-batch that is not padding, at least. Responses differ in length by a factor of
+ten, and a step has few of them: cut by the budget alone, most of a micro-batch would be padding."""
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -260,7 +264,7 @@ def rank_microbatches(
     plans = []
     for each in range(world_size):
         mine = shard(rows, each, world_size, [lengths[row] for row in rows])
-        cut = microbatches([lengths[row] for row in mine], tokens_per_microbatch)
+        cut = microbatches([lengths[row] for row in mine], tokens_per_microbatch, min_fill=MIN_FILL)
         plans.append([[mine[position] for position in group] for group in cut])
     longest = max(len(plan) for plan in plans)
     return [plan + [[] for _ in range(longest - len(plan))] for plan in plans]

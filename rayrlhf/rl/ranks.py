@@ -168,10 +168,13 @@ class TrainedWorker(ModelWorker, ABC):
 
     role = ""
     _store: dist.TCPStore | None = None
-    _kept: tuple[int, list[int], Any] | None = None
-    """Step, rows and outputs of the forward pass whose graph waits for `update`."""
     evaluated = -1
     """The step whose rollout was evaluated last."""
+
+    def __init__(self, settings: RoleSettings) -> None:
+        super().__init__(settings)
+        self._kept: dict[tuple[int, ...], Any] = {}
+        """Outputs of the forward passes whose graphs wait for `update`, by the rows."""
 
     def address(self) -> tuple[str, int]:
         """Open the meeting point of the ranks (rank 0 only); returns host and port."""
@@ -258,35 +261,35 @@ class TrainedWorker(ModelWorker, ABC):
     ) -> Iterator[tuple[TokenBatch, Any]]:
         """Yield the micro-batches of the first epoch with what `outputs` says of them.
 
-        Where `updates` follows in this step, the first one's graph is kept: its weights are those
-        that `update` starts from, so that its forward pass serves both. One micro-batch's graph is
-        what training needs memory for anyway. It comes last, next to its backward pass.
+        Where `updates` follows in this step, graphs of the first minibatch are kept: its weights
+        are those that `update` starts from, so that a forward pass serves both. They are as many
+        as take together the memory of one micro-batch, which training needs anyway, and they come
+        last, next to their backward passes.
         """
-        self._kept, self.evaluated = None, step
-        groups = [
-            group
-            for _, part in self.minibatches_of(reader.rollout, step, epoch=0)
-            for group in part
-        ]
-        for group in groups[:0:-1]:
+        self._kept, self.evaluated = {}, step
+        lengths, room = reader.rollout.lengths, self.training.tokens_per_microbatch
+        parts = [part for _, part in self.minibatches_of(reader.rollout, step, epoch=0)]
+        kept = 0
+        for number, group in enumerate(parts[0] if updates else []):
+            room -= len(group) * max((lengths[row] for row in group), default=0)
+            if number and room < 0:
+                break
+            kept += 1
+        groups = [group for part in parts for group in part]
+        for number, group in reversed(list(enumerate(groups))):
             micro = reader.tokens(group).to(self.device)
-            with torch.no_grad():
+            with torch.set_grad_enabled(number < kept):
                 found = self.outputs(micro, True)
             self.count(micro)
+            if number < kept:
+                self._kept[tuple(group)] = found
             yield micro, found
-        micro = reader.tokens(groups[0]).to(self.device)
-        with torch.set_grad_enabled(updates):
-            found = self.outputs(micro, True)
-        self.count(micro)
-        if updates:
-            self._kept = (step, groups[0], found)
-        yield micro, found
 
     def kept_or_new(self, micro: TokenBatch, step: int, *, with_metrics: bool) -> Any:
         """Return `outputs` with their graph: those that `forward_once` kept, or new ones."""
-        kept, self._kept = self._kept, None
-        if kept is not None and kept[:2] == (step, micro.indices):
-            return kept[2]
+        kept = self._kept.pop(tuple(micro.indices), None) if step == self.evaluated else None
+        if kept is not None:
+            return kept
         self.count(micro)
         return self.outputs(micro, with_metrics)
 

@@ -21,7 +21,7 @@ from rayrlhf.data.datasets import shard
 from rayrlhf.data.packing import microbatches
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.rl.clock import timed
-from rayrlhf.rl.experience import Rollout, RowReader, Rows
+from rayrlhf.rl.experience import MIN_FILL, Rollout, RowReader, Rows
 from rayrlhf.rl.ranks import InferenceWorker
 from rayrlhf.rl.reward_endpoint import EndpointScorer
 from rayrlhf.rl.reward_function import FunctionScorer
@@ -87,7 +87,9 @@ class RewardWorker(InferenceWorker):
         self.know_flops(model)
         lengths = rollout.lengths
         reader = RowReader(rollout, pad_id=self.settings.pad_id)
-        groups = microbatches([lengths[i] for i in mine], self.training.tokens_per_microbatch)
+        groups = microbatches(
+            [lengths[i] for i in mine], self.training.tokens_per_microbatch, min_fill=MIN_FILL
+        )
         indices: list[int] = []
         rows: list[Tensor] = []
         for group in groups:

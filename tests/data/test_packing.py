@@ -76,16 +76,26 @@ def test_best_fit_wastes_little() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100))
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100), st.floats(0, 1))
 def test_microbatches_hold_everything_once_within_the_budget(
-    lengths: list[int], budget: int
+    lengths: list[int], budget: int, min_fill: float
 ) -> None:
-    groups = microbatches(lengths, budget)
+    groups = microbatches(lengths, budget, min_fill=min_fill)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+        filled = sum(lengths[i] for i in group)
+        assert filled >= min_fill * len(group) * max(lengths[i] for i in group)
     longest = [max(lengths[i] for i in group) for group in groups]
     assert longest == sorted(longest, reverse=True)
+
+
+def test_microbatches_by_hand() -> None:
+    lengths = [10, 9, 6, 4, 1]
+    assert microbatches(lengths, 100) == [[0, 1, 2, 3, 4]]
+    assert microbatches(lengths, 20) == [[0, 1], [2, 3, 4]]
+    # 29 of 40 tokens are more than 0.7 of them, 30 of 50 are not
+    assert microbatches(lengths, 100, min_fill=0.7) == [[0, 1, 2, 3], [4]]
 
 
 def test_whole_sequences_fill_rows_by_hand() -> None:

@@ -12,9 +12,19 @@ import pytest
 import torch
 
 from rayrlhf.data.packing import pack_best_fit
+from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.rl.experience import Experience, Rollout, RowReader, scatter_rows
+from rayrlhf.rl import experience as experience_module
+from rayrlhf.rl import ranks
+from rayrlhf.rl.experience import (
+    Experience,
+    Rollout,
+    RowReader,
+    Rows,
+    rank_microbatches,
+    scatter_rows,
+)
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
@@ -36,7 +46,7 @@ def actor_of(settings: RoleSettings) -> ActorWorker:
     return worker
 
 
-def flat(rows: tuple[list[int], list[torch.Tensor]]) -> torch.Tensor:
+def flat(rows: Rows) -> torch.Tensor:
     by_row = dict(zip(*rows, strict=True))
     return torch.cat([by_row[i] for i in range(len(by_row))])
 
@@ -70,13 +80,23 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: i
         assert metrics["policy/approx_kl"] > 0  # later minibatches are off-policy
 
 
+@pytest.mark.parametrize("min_fill", [0.0, 0.9])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_the_first_micro_batch_runs_once_for_both_passes(
-    settings: Make, small_critic: Path, epochs: int
+def test_the_first_micro_batches_run_once_for_both_passes(
+    settings: Make,
+    small_critic: Path,
+    epochs: int,
+    min_fill: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One minibatch of one micro-batch: evaluation and update share a forward, in both roles."""
+    """One minibatch that fits into memory: evaluation and update share forwards, in both roles."""
+    monkeypatch.setattr(experience_module, "MIN_FILL", min_fill)
     own = settings(num_minibatches=1, epochs=epochs, actor={"tokens_per_microbatch": 4096})
     rollout = sample(own)
+    (plan,) = rank_microbatches(
+        range(len(rollout)), rollout.lengths, world_size=1, tokens_per_microbatch=4096
+    )
+    assert (len(plan) > 1) == (min_fill > 0)
     actor, critic = actor_of(own), CriticWorker(replace(own, model_path=str(small_critic)))
     critic.start(("", 0))
     calls = {"actor": 0, "critic": 0}
@@ -93,8 +113,25 @@ def test_the_first_micro_batch_runs_once_for_both_passes(
         )
         actor.update(batch, step)
         critic.update(batch, step)
-        assert calls == dict.fromkeys(calls, (step + 1) * epochs)
-        assert actor._kept is None and critic._kept is None
+        assert calls == dict.fromkeys(calls, (step + 1) * epochs * len(plan))
+        assert not actor._kept and not critic._kept
+
+
+@pytest.mark.parametrize(("tokens", "num_kept"), [(24, 1), (50, 2), (4096, 4)])
+def test_graphs_are_kept_within_the_memory_of_one_micro_batch(
+    settings: Make, tokens: int, num_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro-batches of the first minibatch; the second minibatch has other weights."""
+    monkeypatch.setattr(experience_module, "MIN_FILL", 1.0)
+    own = settings(num_minibatches=2, actor={"tokens_per_microbatch": tokens})
+    lengths = [1, 1, 5, 5, 9, 9, 12, 12]
+    rollout = Rollout.from_completions(
+        [[3]] * 8, [Completion([4] * n, [-1.0] * n, "length", [0] * n) for n in lengths]
+    )
+    monkeypatch.setattr(ranks, "minibatches", lambda *_, **__: [list(range(8))] * 2)
+    actor = actor_of(own)
+    actor.log_probs(rollout, 0)
+    assert len(actor._kept) == num_kept
 
 
 @pytest.mark.parametrize("tokens", [24, 4096])
@@ -107,7 +144,7 @@ def test_a_kept_forward_changes_no_weight(settings: Make, tokens: int) -> None:
         for step in range(2):
             old = flat(actor.log_probs(rollout, step)[0])
             if not keeps:
-                actor._kept = None
+                actor._kept = {}
             actor.update(experience(rollout, old, old - old.mean()), step)
         ends.append(digest(actor))
     assert ends[0] == ends[1]
@@ -117,11 +154,11 @@ def test_a_kept_forward_of_another_step_is_not_used(settings: Make) -> None:
     own = settings(critic_warmup_steps=1)
     rollout, actor = sample(own), actor_of(own)
     actor.log_probs(rollout, 0)
-    assert actor._kept is None  # the critic alone is updated in this step
+    assert not actor._kept  # the critic alone is updated in this step
     old = flat(actor.log_probs(rollout, 1)[0])
-    assert actor._kept is not None
+    assert actor._kept
     metrics = actor.update(experience(rollout, old, torch.ones_like(old)), 2)
-    assert metrics["policy/first_ratio"] == 1.0 and actor._kept is None
+    assert metrics["policy/first_ratio"] == 1.0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
