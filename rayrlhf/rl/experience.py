@@ -31,8 +31,23 @@ MIN_FILL = 0.8
 ten, and a step has few of them: cut by the budget alone, most of a micro-batch would be padding."""
 
 
+class Record:
+    """Pickles tensors as arrays: Ray takes those as they are, and a tensor by way of a file."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value.numpy() if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():  # Ray's arrays are read-only, tensors are not: a copy
+            found = torch.tensor(value) if isinstance(value, np.ndarray) else value
+            object.__setattr__(self, name, found)
+
+
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Record):
     """B responses as the engines sampled them."""
 
     prompt_ids: Tensor
@@ -102,7 +117,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Experience:
+class Experience(Record):
     """A rollout with what is learned from it; every tensor is flat (N,) float32."""
 
     rollout: Rollout
@@ -184,7 +199,7 @@ class RowReader:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Record):
     """Rows of a rollout that a rank worked on, and what it found: indices, one tensor per row.
 
     They travel as one tensor: pickled one by one, each would take the storage of its micro-batch

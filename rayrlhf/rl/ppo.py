@@ -32,7 +32,7 @@ from rayrlhf.rl.placement import Roles, cluster_nodes, launch
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.reward_function import check_functions
-from rayrlhf.rl.setup import Prompts, load_prompts, role_settings
+from rayrlhf.rl.setup import Prompts, load_prompts, role_settings, single_threaded
 from rayrlhf.rl.state import State, go_back, restore, resume_point, save
 from rayrlhf.rl.supervision import GoBack
 from rayrlhf.rl.waiting import absent, share, wait_all
@@ -84,9 +84,12 @@ def _run(
 ) -> Path:
     """Run the steps that are left, and write the final folder."""
     stage_dir = recipe.path.absolute() / "ppo"
-    with MetricsLogger(
-        stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
-    ) as log:
+    with (
+        single_threaded(),
+        MetricsLogger(
+            stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
+        ) as log,
+    ):
         loop = ppo_async.optimize if cfg.max_staleness else optimize
         loop(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)

@@ -1,9 +1,11 @@
 """What a run starts from: its prompts, and what every role has to know."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from rayrlhf import lineage
@@ -31,6 +33,21 @@ class Prompts:
             seed=self.seed, step=step, batch_size=self.batch_size, num_records=len(self.ids)
         )
         return [self.ids[index] for index in chosen]
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let PyTorch compute with one thread in this process meanwhile.
+
+    The controller's tensors are small, and several threads spin beside the roles that need the
+    cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_prompts(recipe: Recipe, cfg: PPOConfig) -> Prompts:

@@ -141,7 +141,7 @@ def seconds_per_step(num_engines: int, batch_size: int, args: argparse.Namespace
     from rayrlhf.config import PPOConfig
     from rayrlhf.metrics import MetricsLogger
     from rayrlhf.rl.ppo import optimize
-    from rayrlhf.rl.setup import Prompts
+    from rayrlhf.rl.setup import Prompts, single_threaded
     from rayrlhf.rl.state import restore
 
     roles = launch(num_engines, batch_size, PPOConfig(prompts="none").gate.num_prompts)
@@ -157,7 +157,11 @@ def seconds_per_step(num_engines: int, batch_size: int, args: argparse.Namespace
             sample_every=num_steps,
             save_every=num_steps,
         )
-        with tempfile.TemporaryDirectory() as folder, MetricsLogger(folder) as log:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            MetricsLogger(folder) as log,
+            single_threaded(),
+        ):
             begun = time.process_time()
             optimize(cfg, roles, prompts, restore(cfg, None), log, Words())  # type: ignore[arg-type]
             seconds.append((time.process_time() - begun) / num_steps)

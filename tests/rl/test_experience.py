@@ -7,6 +7,7 @@ import torch
 
 from rayrlhf.generation import Completion
 from rayrlhf.rl.experience import (
+    Experience,
     Rollout,
     RowReader,
     Rows,
@@ -118,6 +119,21 @@ def test_scatter_rows_restores_the_order() -> None:
 
 
 def test_rows_travel_without_what_they_were_cut_from() -> None:
-    wide = torch.zeros(64, 1000)
-    sent = pickle.dumps(Rows.of(list(range(64)), [row[:3] for row in wide]))
+    wide = torch.arange(64_000.0).view(64, 1000)
+    rows = Rows.of(list(range(64)), [row[:3] for row in wide])
+    sent = pickle.dumps(rows)
     assert len(sent) < 64 * 3 * 4 + 2000
+    assert torch.equal(pickle.loads(sent).flat, rows.flat)
+
+
+def test_records_travel_as_arrays_and_come_back_as_tensors() -> None:
+    batch = rollout()
+    sent = Experience(batch, old_log_probs=batch.log_probs, advantages=-batch.log_probs)
+    pickled = pickle.dumps(sent, protocol=5)
+    assert b"torch" not in pickled.replace(b"rayrlhf", b"")
+    found = pickle.loads(pickled)
+    for name, value in vars(batch).items():
+        got = getattr(found.rollout, name)
+        assert got.dtype == value.dtype and torch.equal(got, value)
+        got.zero_()  # and may be written to
+    assert torch.equal(found.advantages, sent.advantages) and found.returns is None
