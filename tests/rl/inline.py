@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import ray.exceptions
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rayrlhf.config import PPOConfig
+from rayrlhf.config import PPOConfig, Role
 from rayrlhf.data.rows import write_shard
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.rl import groups
 from rayrlhf.rl.experience import Rows
+from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.reward_function import place_of
+from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.rl.setup import trained_model
+from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 
 EOS, PAD = 0, 1
 VOCAB = 12
@@ -194,3 +202,121 @@ def engine_model(folder: Path, tiny_model: Path, *, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
+
+
+def write_small_model(folder: Path) -> Path:
+    """Write a Llama with a vocabulary of 12."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_small_critic(folder: Path, model: Path) -> Path:
+    """Write a reward model on the same trunk, with a shift."""
+    critic = ScalarHeadModel.from_causal_lm(model, seed=3)
+    critic.shift = 0.25
+    critic.save_pretrained(folder)
+    return folder
+
+
+def inline_settings(
+    model: Path,
+    tokenizer: Path,
+    *,
+    corpus_path: str = "",
+    documents_apart: bool = False,
+    actor_ranks: int = 1,
+    seed: int = 0,
+    **keys: Any,
+) -> RoleSettings:
+    """Return the settings of a toy run; `keys` are those of PPOConfig."""
+    defaults: dict[str, Any] = {
+        "prompts": "none",
+        "batch_size": 16,
+        "num_minibatches": 2,
+        "max_response_tokens": 6,
+        "actor": {"learning_rate": 3e-3},
+        "steps": 4,
+    }
+    if keys.get("advantage_estimator", "gae") == "gae":
+        defaults["critic"] = {"learning_rate": 3e-3}
+    cfg = PPOConfig(**{**defaults, **keys})
+    return RoleSettings(
+        ppo=cfg,
+        rewards=reward_places(cfg),
+        model_path=str(model),
+        state_path=None,
+        adapter_path=None,
+        tokenizer_path=str(tokenizer),
+        corpus_path=corpus_path,
+        documents_apart=documents_apart,
+        actor_ranks=actor_ranks,
+        max_length=16,
+        pad_id=PAD,
+        eos_id=EOS,
+        seed=seed,
+        num_threads=1,
+    )
+
+
+def inline_roles(
+    own: RoleSettings,
+    small_critic: Path,
+    *,
+    checkpoint: Path | None = None,
+    critic: RoleSettings | None = None,
+    reward: type[RewardWorker] = CountingReward,
+) -> Roles:
+    """Return the five roles, loaded, in this process; `waiting.ray` has to be InlineRay."""
+    if own.ppo.rewards:
+        reward = RewardWorker
+    state = checkpoint / "training_state" if checkpoint else None
+    actor = _trained("actor", own, checkpoint, state)
+    if critic is None:
+        start = replace(own, model_path=str(small_critic))
+        critic = _trained("critic", start, state / "critic" if state else None, state)
+    rollout = RolloutWorker(own)
+    rollout.engine = SmallEngine(own.model_path)  # type: ignore[assignment]
+    workers: dict[str, Any] = {
+        "actor": ActorWorker(actor),
+        **({"critic": CriticWorker(critic)} if own.ppo.has_critic else {}),
+        "reference": ReferenceWorker(own),
+        "reward": reward(replace(own, model_path=str(small_critic))),
+    }
+    for name, worker in workers.items():
+        worker.start(*([("", 0)] if name in ("actor", "critic") else []))
+    return Roles(
+        actor=groups.ActorGroup([InlineHandle(workers["actor"])], deadline_s=60),
+        critic=(
+            groups.CriticGroup([InlineHandle(workers["critic"])], deadline_s=60)
+            if own.ppo.has_critic
+            else None
+        ),
+        reference=groups.ReferenceGroup([InlineHandle(workers["reference"])], deadline_s=60),
+        reward=groups.RewardGroup([InlineHandle(workers["reward"])], deadline_s=60),
+        rollout=groups.RolloutGroup([InlineHandle(rollout)], deadline_s=60),
+    )
+
+
+def _trained(
+    role: Role, start: RoleSettings, saved: Path | None, state: Path | None
+) -> RoleSettings:
+    """Return the settings of a trained role that starts, or goes on with what was saved."""
+    if saved is None or state is None:
+        return start
+    model, adapter = trained_model(role, start.ppo, start.model_path, str(saved))
+    return replace(start, model_path=model, adapter_path=adapter, state_path=str(state / role))
