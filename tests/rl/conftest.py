@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rayrlhf.config import PPOConfig, Role
 from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
-from rayrlhf.rl import groups, ppo, ppo_async, waiting
+from rayrlhf.rl import groups, waiting
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ppo import run_steps
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
@@ -191,9 +192,8 @@ def train(
         state = restore(own.ppo, checkpoint)
         roles = make_roles(own, checkpoint=checkpoint)
         prompts = Prompts(PROMPTS, seed, own.ppo.batch_size)
-        loop = ppo_async.optimize if own.ppo.max_staleness else ppo.optimize
         with MetricsLogger(stage, start_step=state.step) as log:
-            loop(own.ppo, roles, prompts, state, log, tokenizer)
+            run_steps(own.ppo, roles, prompts, state, log, tokenizer)
         return read_jsonl(stage / "metrics.jsonl")
 
     return run
