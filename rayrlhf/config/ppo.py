@@ -70,7 +70,8 @@ class PPOConfig(AsynchronyConfig):
     missing_eos_penalty: NonNegative = 1.0
     """Subtracted from the score of a response that does not end by itself."""
     kl_coef: NonNegative = 0.02
-    """beta of the per-token KL penalty (InstructGPT: 0.02), or the adaptive one's first value."""
+    """beta of the per-token KL penalty (InstructGPT: 0.02), or the adaptive one's first value. A
+    run that is resumed takes the adaptive one from its checkpoint, and a fixed one from here."""
     kl_target: PositiveFloat | None = None
     """Nats per response that an adaptive coefficient steers to (arXiv:1909.08593, section 2.2);
     None keeps the coefficient fixed."""

@@ -48,8 +48,9 @@ class TrainingConfig(Section):
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less
     memory, a third more work. The result is the same."""
     compile: bool = False
-    """Run the layers through torch.compile; needs g++ on the workers' nodes. For 135M parameters in
-    float32 it takes 8% less CPU time per step, and 11 s of it to compile, once per variant."""
+    """Run the layers through torch.compile, under every backend but ZeRO stage 3; needs g++ on the
+    workers' nodes. For 135M parameters in float32 it takes 8% less CPU time per step, and 11 s of
+    it to compile, once per variant."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Kernel for rows whose documents do not see each other: `sdpa` computes all of a row and masks
     it; `flex` (torch.nn.attention.flex_attention, compiled; trains on GPUs only) leaves out blocks

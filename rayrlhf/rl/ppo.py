@@ -90,12 +90,25 @@ def _run(
             stage_dir, start_step=state.step, num_steps=cfg.steps, trackers=recipe.tracking
         ) as log,
     ):
-        loop = ppo_async.optimize if cfg.max_staleness else optimize
-        loop(cfg, roles, prompts, state, log, tokenizer)
+        run_steps(cfg, roles, prompts, state, log, tokenizer)
         final = begin(stage_dir, None)
         roles.actor.export(str(final)).wait()
         write_card(recipe, "ppo", final)
         return commit(final)
+
+
+def run_steps(
+    cfg: PPOConfig,
+    roles: Roles,
+    prompts: Prompts,
+    state: State,
+    log: MetricsLogger,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Run the steps that are left, in the loop that `cfg` asks for."""
+    send_frozen(cfg, roles.actor, roles.rollout)
+    loop = ppo_async.optimize if cfg.max_staleness else optimize
+    loop(cfg, roles, prompts, state, log, tokenizer)
 
 
 def optimize(
@@ -107,7 +120,6 @@ def optimize(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
-    send_frozen(cfg, roles.actor, roles.rollout)
     sync_weights(roles.actor, roles.rollout, version=state.version)
     gate = Gate(cfg, roles, prompts)
     profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)

@@ -29,7 +29,6 @@ from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import State, save
 from rayrlhf.rl.stream import make_stream
 from rayrlhf.rl.waiting import absent, share, wait_all
-from rayrlhf.rl.weight_sync import send_frozen
 
 
 def optimize(
@@ -41,7 +40,6 @@ def optimize(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
-    send_frozen(cfg, roles.actor, roles.rollout)
     stream = make_stream(cfg, roles, prompts)
     stream.advance(state.step, state.version)
     gate = Gate(cfg, roles, prompts)

@@ -110,11 +110,20 @@ class ModelWorker(Worker):
     _forward_flops: ModelFlops | None = None
     _whole_flops: ModelFlops | None = None
 
+    def __init__(self, settings: RoleSettings) -> None:
+        super().__init__(settings)
+        self._flops: dict[torch.nn.Module, tuple[ModelFlops, ModelFlops]] = {}
+
     def know_flops(self, module: torch.nn.Module) -> None:
-        """Count FLOPs from now on under `ppo.profile`; the weights of `module` are whole."""
-        if self.cfg.profile:
-            self._forward_flops = model_flops(module, forward_only=True)
-            self._whole_flops = model_flops(module)
+        """Count passes as those of `module` from now on, under `ppo.profile`.
+
+        At the first call for a module its weights are whole.
+        """
+        if not self.cfg.profile:
+            return
+        if module not in self._flops:
+            self._flops[module] = model_flops(module, forward_only=True), model_flops(module)
+        self._forward_flops, self._whole_flops = self._flops[module]
 
     def count(self, micro: TokenBatch, *, backward: bool = False) -> None:
         """Add the FLOPs of a pass over a micro-batch to the phase that runs."""
@@ -216,7 +225,7 @@ class TrainedWorker(ModelWorker, ABC):
             module,
             self.training,
             device=self.device,
-            total_steps=self.num_steps() * updates_per_step,
+            total_steps=max(1, self.cfg.steps - self.first_step) * updates_per_step,
         )
         # Every dropout is 0 in either mode, and transformers recomputes layers in one of them only.
         module.train(self.training.gradient_checkpointing)
@@ -244,9 +253,21 @@ class TrainedWorker(ModelWorker, ABC):
     def load_module(self) -> CausalLMModel | ScalarHeadModel:
         """Return the model to train."""
 
-    def num_steps(self) -> int:
-        """Return the PPO steps that train this model: the length of the schedule."""
-        return self.cfg.steps
+    @property
+    def first_step(self) -> int:
+        """The PPO step from which on this model is trained: there its schedule begins."""
+        return 0
+
+    def schedule_from(self, step: int) -> None:
+        """Let the next update have the learning rate of the first one of PPO step `step`.
+
+        The rate follows from the step, as the prompts do: neither a step without an update (KL
+        budget) nor an update without a finite gradient (`Backend.step`) holds the schedule up, and
+        it ends with the run. DeepSpeed and accelerate do hold it up, for the updates that a float16
+        loss scale skips until it is found; there is none here.
+        """
+        updates = self.cfg.epochs * self.cfg.num_minibatches
+        self.backend.num_steps = max(0, step - self.first_step) * updates
 
     def minibatches_of(
         self, rollout: Rollout, step: int, epoch: int

@@ -58,7 +58,8 @@ def save(cfg: PPOConfig, roles: Roles, state: State, stage_dir: Path) -> None:
 def restore(cfg: PPOConfig, checkpoint: Path | None, rollback: Rollback | None = None) -> State:
     """Return the state in `checkpoint`, or that of a fresh run; prompts follow from the step.
 
-    `rollback` is the one that went there after it was written.
+    `rollback` is the one that went there after it was written. A coefficient without a target is
+    the recipe's, times what each rollback so far has made of it, whatever it was before.
     """
     kl = make_kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     state = State(step=0, version=0, kl=kl, budget=KLBudget(cfg))
@@ -69,6 +70,8 @@ def restore(cfg: PPOConfig, checkpoint: Path | None, rollback: Rollback | None =
     if rollback is not None:
         kl.coef = rollback.kl_coef
         state.budget.rollbacks, state.budget.count = rollback.number, rollback.count
+    if cfg.kl_target is None:
+        kl.coef = cfg.kl_coef * cfg.kl.coef_factor**state.budget.rollbacks
     return state
 
 

@@ -112,8 +112,9 @@ class ActorWorker(TrainedWorker):
         self.model = CausalLMModel.from_pretrained(self.settings.model_path)
         return self.model
 
-    def num_steps(self) -> int:
-        return max(1, self.cfg.steps - self.cfg.critic_warmup_steps)
+    @property
+    def first_step(self) -> int:
+        return self.cfg.critic_warmup_steps
 
     @timed
     def log_probs(self, rollout: Rollout, step: int) -> tuple[Rows, float]:
@@ -151,6 +152,7 @@ class ActorWorker(TrainedWorker):
         find them before, because the old log-probs are the engine's.
         """
         reader = RowReader(experience.rollout, pad_id=self.settings.pad_id)
+        self.schedule_from(step)
         sums: dict[str, float] = {}
         first: dict[str, float] = {}
         total = number = 0
@@ -350,6 +352,7 @@ class CriticWorker(TrainedWorker):
         """K epochs of clipped-value SGD; returns token-weighted means over all ranks."""
         assert experience.old_values is not None and experience.returns is not None
         reader = RowReader(experience.rollout, pad_id=self.settings.pad_id)
+        self.schedule_from(step)
         sums: dict[str, float] = {}
         total = 0
         for epoch in range(self.cfg.epochs):

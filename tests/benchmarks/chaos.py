@@ -165,45 +165,32 @@ def outcome(kill: Kill, rows: list[dict[str, Any]]) -> tuple[float, int]:
 
 def write_start(folder: Path) -> Path:
     """Write a random model as small as vLLM allows, with a tokenizer, and a reward model beside."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    from rayrlhf.config import ModelConfig
+    from rayrlhf.data.tokenizer import train_tokenizer
+    from rayrlhf.models.causal_lm import build_causal_lm
     from rayrlhf.models.scalar_head import ScalarHeadModel
     from tests.toy import write_records
 
     write_records(folder)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    lines = (folder / "corpus.train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = train_tokenizer((json.loads(line)["text"] for line in lines), 320)
+    cfg = ModelConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        max_length=512,
     )
-    tokenizer.train([str(folder / "corpus.train.jsonl")], trainer)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=64,
-            head_dim=32,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
+    model = build_causal_lm(
+        cfg,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=0,
     )
-    model.save_pretrained(folder / "model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>"
-    ).save_pretrained(folder / "model")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
     reward = ScalarHeadModel.from_causal_lm(folder / "model", seed=1)
     reward.save_pretrained(folder / "reward_model")
     return folder

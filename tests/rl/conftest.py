@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.metrics import MetricsLogger, read_jsonl
-from rayrlhf.rl import ppo, ppo_async, waiting
+from rayrlhf.rl import waiting
 from rayrlhf.rl.placement import Roles
+from rayrlhf.rl.ppo import run_steps
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.setup import Prompts
 from rayrlhf.rl.state import restore
@@ -101,9 +102,8 @@ def train(
         state = restore(own.ppo, checkpoint)
         roles = make_roles(own, checkpoint=checkpoint)
         prompts = Prompts(PROMPTS, seed, own.ppo.batch_size)
-        loop = ppo_async.optimize if own.ppo.max_staleness else ppo.optimize
         with MetricsLogger(stage, start_step=state.step) as log:
-            loop(own.ppo, roles, prompts, state, log, tokenizer)
+            run_steps(own.ppo, roles, prompts, state, log, tokenizer)
         return read_jsonl(stage / "metrics.jsonl")
 
     return run

@@ -31,6 +31,16 @@ VOCAB = 12
 PROMPTS = [[3, 4, 2 + i % 10] for i in range(20)]
 Metrics = list[dict[str, Any]]
 """Lines of metrics.jsonl."""
+BANDIT: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 32,
+    "kl_coef": 0.0,
+    "missing_eos_penalty": 0.0,
+    "actor": {"learning_rate": 2e-2},
+    "critic": {"learning_rate": 1e-2},
+}
+"""Nothing but `CountingReward` counts: the score rises to the end, and the KL with it, to more
+than 2 nats."""
 
 
 class Ref:

@@ -13,20 +13,11 @@ from rayrlhf.config import KLConfig, PPOConfig
 from rayrlhf.rl.budget import KLBudget, OverBudget, Rollback
 from rayrlhf.rl.credit import Credit
 from rayrlhf.rl.experience import Experience
-from tests.rl.inline import Metrics, timeless
+from rayrlhf.training.backend import learning_rate
+from tests.rl.inline import BANDIT, Metrics, timeless
 from tests.rl.test_experience import rollout
 
 REF = torch.arange(7.0)
-FAR: dict[str, Any] = {
-    "steps": 10,
-    "batch_size": 64,
-    "kl_coef": 0.0,
-    "missing_eos_penalty": 0.0,
-    "actor": {"learning_rate": 1e-2},
-    "critic": {"learning_rate": 1e-2},
-    "save_every": 4,
-}
-"""Without a budget the KL rises step by step, to more than 2 nats."""
 
 
 def credit(kl: float) -> Credit:
@@ -103,7 +94,7 @@ def test_without_a_budget_nothing_is_different() -> None:
 def test_the_policy_stays_at_the_budget(
     train: Callable[..., Metrics], keys: dict[str, Any]
 ) -> None:
-    far = {**FAR, "batch_size": 64 // keys.get("samples_per_prompt", 1)}
+    far = {**BANDIT, "batch_size": 32 // keys.get("samples_per_prompt", 1)}
     if "advantage_estimator" in keys:
         del far["critic"]
     if not keys:
@@ -120,6 +111,13 @@ def test_the_policy_stays_at_the_budget(
     assert 0 in over[first:]  # and comes back
     assert rows[-1]["kl/over_budget_count"] == sum(over)
     assert rows[-1]["kl/ref_per_response"] < 1
+    # A step without an update holds no schedule up: two updates a step, over all steps.
+    cfg = PPOConfig(prompts="p", **BANDIT)
+    rates = ["policy/learning_rate" in row for row in rows]
+    assert not rates[first] and rates[first + 1]
+    for step, row in enumerate(rows):
+        rate = learning_rate(2 * step + 1, cfg.actor, 2 * cfg.steps)
+        assert row.get("policy/learning_rate", rate) == rate
     if "advantage_estimator" not in keys:
         assert all(row["value/loss"] > 0 for row in rows)
 
@@ -128,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     train: Callable[..., Metrics], tmp_path: Path
 ) -> None:
     """Killed in the middle of a row of steps above the budget."""
-    keys = {**FAR, "steps": 8, "save_every": 1, "keep_checkpoints": 8}
+    keys = {**BANDIT, "steps": 8, "save_every": 1, "keep_checkpoints": 8}
     keys["kl"] = {"budget": 0.2, "patience": 3}
     whole = timeless(train(**keys))
     over = [row["kl/over_budget"] for row in whole]

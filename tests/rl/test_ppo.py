@@ -17,6 +17,7 @@ from rayrlhf.rl import ppo
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ppo import train_ppo
 from rayrlhf.rl.setup import Prompts
+from rayrlhf.rl.state import restore
 from rayrlhf.training.backend import learning_rate
 from rayrlhf.training.checkpoint import is_complete, newest_checkpoint
 from tests.rl.inline import PROMPTS, VOCAB, InlineHandle, timeless
@@ -99,6 +100,25 @@ def test_04_kl_enters_the_reward_and_nothing_else(train: Callable[..., Any]) -> 
         penalty = row["rollout/truncated_fraction"] * PPOConfig(prompts="").missing_eos_penalty
         gap = row["reward/return_mean"] - row["reward/score_mean"] + penalty
         assert gap == pytest.approx(-coef * kl, abs=1e-5)
+
+
+def test_on_resume_a_fixed_coefficient_is_the_recipes(tmp_path: Path) -> None:
+    """That of the checkpoint counts where a controller has steered it; rollbacks stay in both."""
+    folder = tmp_path / "training_state"
+    folder.mkdir()
+    saved = {"step": 2, "version": 2, "kl_coef": 0.07}
+    back: dict[str, Any] = {"kl": {"budget": 1.0, "on_exceed": "rollback", "coef_factor": 3.0}}
+    for rollbacks, keys, coef in (
+        (0, {"kl_coef": 0.02}, 0.02),
+        (0, {"kl_coef": 0.0}, 0.0),
+        (0, {"kl_coef": 0.02, "kl_target": 0.5}, 0.07),
+        (2, {"kl_coef": 0.02, **back}, 0.18),
+        (2, {"kl_coef": 0.02, "kl_target": 0.5, **back}, 0.07),
+    ):
+        controller = {**saved, "kl_budget": {"rollbacks": rollbacks}}
+        (folder / "controller.json").write_text(json.dumps(controller))
+        state = restore(PPOConfig(prompts="", **keys), tmp_path)
+        assert (state.step, state.kl.coef) == (2, pytest.approx(coef))
 
 
 def test_33_learning_rates_follow_the_schedule(train: Callable[..., Any]) -> None:

@@ -14,18 +14,10 @@ from rayrlhf.config import PPOConfig, RecipeError, parse
 from rayrlhf.rl import ppo, ppo_async
 from rayrlhf.rl.experience import Experience
 from rayrlhf.rl.off_policy import correct
-from tests.rl.inline import timeless
+from tests.rl.inline import BANDIT, timeless
 from tests.rl.test_experience import rollout
 
 Train = Callable[..., list[dict[str, Any]]]
-BANDIT: dict[str, Any] = {
-    "steps": 12,
-    "batch_size": 32,
-    "kl_coef": 0.0,
-    "missing_eos_penalty": 0.0,
-    "actor": {"learning_rate": 2e-2},
-    "critic": {"learning_rate": 1e-2},
-}
 
 
 def test_every_response_is_as_old_as_allowed(train: Train) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.causal_lm import load_causal_lm
+from rayrlhf.rl import ranks
 from rayrlhf.rl.clock import NUM_SPANS, Clock, Span
 from rayrlhf.rl.profile import covered, summarize
+from rayrlhf.rl.scoring import RewardWorker
 from rayrlhf.training.flops import model_flops
+from tests.rl.test_experience import rollout
 
 
 def test_covered_counts_what_overlaps_once() -> None:
@@ -98,6 +102,33 @@ def test_a_profiled_run_leaves_traces_and_a_table(
     responses = sum(row["rollout/response_length"] * 16 for row in rows) / len(rows)
     at_least = flops.per_token * (16 * 3 + responses) + flops.per_output * responses
     assert at_least < once * 1e12 < 1.5 * at_least
+
+
+def test_the_flops_of_a_reward_model_are_found_once(
+    settings: Callable[..., Any],
+    small_critic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an ensemble each model has its own, in every step."""
+    found: list[Any] = []
+
+    def finding(module: Any, **how: bool) -> Any:
+        found.append(module)
+        return model_flops(module, **how)
+
+    monkeypatch.setattr(ranks, "model_flops", finding)
+    members = [str(small_critic), shutil.copytree(small_critic, tmp_path / "other")]
+    rewards = [{"members": [str(place) for place in members], "std_penalty": 0.0}]
+    worker = RewardWorker(settings(profile=True, rewards=rewards))
+    worker.start()
+    totals = []
+    for _ in range(3):
+        worker.score(rollout())
+        (span,) = worker.read_clock()
+        totals.append(span.flops)
+    assert found == [model for model in worker.models[0] for _ in range(2)]
+    assert totals[0] == totals[1] == totals[2] > 0
 
 
 def test_without_the_key_nothing_is_written(train: Callable[..., Any], tmp_path: Path) -> None:

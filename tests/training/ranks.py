@@ -17,7 +17,7 @@ from rayrlhf.training.stage import Stage
 
 @dataclass(frozen=True)
 class Run:
-    """One stage from its beginning to its end, or killed on the way and begun again."""
+    """All models of a stage from the beginning to the end, or killed on the way and begun again."""
 
     recipe: Recipe
     kind: type[Stage]
@@ -54,7 +54,8 @@ def _do(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.killed_after is not None:
             _run_and_die(run, run.killed_after)
-        loop.run(run.kind(run.recipe), torch.device("cpu"))
+        for stage in run.kind.runs(run.recipe):
+            loop.run(stage, torch.device("cpu"))
 
 
 def _run_and_die(run: Run, killed_after: int) -> None:

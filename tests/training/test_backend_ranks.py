@@ -6,15 +6,17 @@ Processes start once per number of ranks: they take longer to start than to chec
 import math
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.config import ModelConfig, TrainingConfig
@@ -48,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp bfloat16": {"backend": "fsdp", "precision": "bfloat16"},
     "fsdp cpu": {"backend": "fsdp", "offload": "cpu"},
 }
+COMPILED = ("zero2", "fsdp")
+"""Backends of shards whose layers may be compiled."""
 WORLDS = (2, 4, 1)
 """Numbers of ranks, one after the other; each does two steps, in 4 micro-batches over all ranks."""
 
@@ -124,6 +128,19 @@ def first_gradient(keys: dict[str, Any]) -> dict[str, Tensor]:
     train(backend, 0, num_steps=1)
     steps = {name: before[name] - weight for name, weight in backend.full_weights()}
     return {name: step / (1 - step.abs()) for name, step in steps.items()}
+
+
+def compiled_gradient(keys: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """Return the first gradient of compiled layers, and how many graphs they were captured in.
+
+    Forward and backward graphs run as they were captured, without what takes long: inductor.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        gradient = first_gradient({**keys, "compile": True})
+    assert not counters["graph_break"]
+    return gradient, counters["stats"]["unique_graphs"]
 
 
 def generated(model: CausalLMModel) -> Tensor:
@@ -207,6 +224,8 @@ def _ranks(rank: int, place: int, folder: Path) -> None:
         checks = {**BACKENDS, **VARIANTS}
         exact = {name: resumes_exactly(checks[name], folder / f"exact {name}") for name in checks}
         torch.save(exact, folder / f"exact-{rank}")
+        compiled = {name: compiled_gradient(BACKENDS[name]) for name in COMPILED}
+        torch.save(compiled, folder / f"compiled-{rank}")
     dist.destroy_process_group()
 
 
@@ -273,6 +292,17 @@ def test_gradients_of_all_splits_equal_those_of_one_process(found: Path) -> None
                 atol=1e-6,
                 msg=lambda text, at=(place, name, key): f"{at}: {text}",
             )
+
+
+def test_compiled_layers_have_those_gradients_and_share_one_graph(found: Path) -> None:
+    expected, _, _ = plain()
+    for rank in range(2):
+        compiled = torch.load(found / f"compiled-{rank}")
+        assert compiled.keys() == set(COMPILED)
+        for name, (own, num_graphs) in compiled.items():
+            assert num_graphs == 1, name
+            for key, gradient in expected.items():
+                torch.testing.assert_close(own[f"hf.{key}"], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_state_goes_on_with_other_ranks_and_another_backend(found: Path) -> None:

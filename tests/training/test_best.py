@@ -20,6 +20,11 @@ from tests.training.ranks import Run, run_on_ranks
 
 MakeRecipe = Callable[..., Recipe]
 ACCURACIES = (0.5, 0.7, 0.6, 0.7, 0.65, 0.9)
+SHARDED: dict[str, dict[str, Any]] = {
+    "zero2": {"backend": "deepspeed", "zero_stage": 2},
+    "zero3": {"backend": "deepspeed", "zero_stage": 3},
+    "fsdp": {"backend": "fsdp"},
+}
 SECTION = {"eval_every": 1, "max_steps": 6, "save_every": 3, "keep_checkpoints": 1}
 
 
@@ -125,30 +130,66 @@ def test_what_it_needs_is_said(make_recipe: MakeRecipe, section: Any, said: str)
         make_recipe(**section)
 
 
-def test_two_ranks_go_back_to_the_step_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Real evaluations; the largest accuracy on validation data that is not the training data."""
+@pytest.fixture
+def measured(tmp_path: Path) -> dict[str, Any]:
+    """Return a section of `reward` with validation data that is not the training data."""
     held_out = [
         {"prompt": "A", "responses": [" good", " bad", " long", " today"], "ranks": [1, 3, 4, 2]},
         {"prompt": "A", "responses": [" so happy", " works", " the law"], "ranks": [3, 1, 2]},
     ]
-    section = {
+    return {
         "validation": write_jsonl(tmp_path / "held_out.jsonl", held_out),
         "eval_every": 1,
         "max_steps": 12,
         "early_stopping": {"patience": 2},
+        "adam_eps": 1e-4,  # gradients of a pair cancel where its responses agree
     }
-    one, two = make_recipe("one", reward=section), make_recipe("two", reward=section)
-    run_on_ranks([Run(one, RewardStage)], 1, tmp_path)
-    run_on_ranks([Run(two, RewardStage)], 2, tmp_path)
+
+
+def same_end(one: Path, other: Path) -> int:
+    """Check that two runs of early stopping went alike; return the best step."""
+    folders = (one, other)
     curves = [
-        [r["eval/pair_accuracy"] for r in read_jsonl(recipe.path / "reward" / "metrics.jsonl")]
-        for recipe in (one, two)
+        [line["eval/pair_accuracy"] for line in read_jsonl(folder / "metrics.jsonl")]
+        for folder in folders
     ]
     assert curves[0] == curves[1]
     best = 1 + curves[0].index(max(curves[0]))
     assert best + 2 == len(curves[0]) < 12
-    for recipe in (one, two):
-        folder = recipe.path / "reward"
+    finals = [load_file(folder / "final" / "model.safetensors") for folder in folders]
+    for folder, final in zip(folders, finals, strict=True):
         kept = load_file(folder / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
-        final = load_file(folder / "final" / "model.safetensors")
         assert all(torch.equal(final[name], kept[name]) for name in kept)
+    for name, weight in finals[0].items():
+        torch.testing.assert_close(finals[1][name], weight, rtol=0, atol=1e-4)
+    shifts = [ScalarHeadModel.from_pretrained(folder / "final").shift for folder in folders]
+    assert shifts[0] == pytest.approx(shifts[1], abs=1e-4) and shifts[0] != 0.0
+    return best
+
+
+def test_two_ranks_go_back_to_the_step_of_one(
+    make_recipe: MakeRecipe, tmp_path: Path, measured: dict[str, Any]
+) -> None:
+    """Real evaluations; the largest accuracy wins."""
+    one, two = make_recipe("one", reward=measured), make_recipe("two", reward=measured)
+    run_on_ranks([Run(one, RewardStage)], 1, tmp_path)
+    run_on_ranks([Run(two, RewardStage)], 2, tmp_path)
+    same_end(one.path / "reward", two.path / "reward")
+
+
+@pytest.mark.slow
+def test_an_ensemble_goes_back_to_the_steps_of_one_process_where_it_is_sharded(
+    make_recipe: MakeRecipe, tmp_path: Path, measured: dict[str, Any]
+) -> None:
+    """Two members, each with a best step of its own, which is trained to and loaded again."""
+    recipes = {
+        name: make_recipe(name, reward={**measured, **backend, "num_members": 2})
+        for name, backend in (("one", {}), *SHARDED.items())
+    }
+    run_on_ranks([Run(recipes.pop("one"), RewardStage)], 1, tmp_path)
+    run_on_ranks([Run(recipe, RewardStage) for recipe in recipes.values()], 2, tmp_path)
+    for name, recipe in recipes.items():
+        finals = RewardStage.finals(recipe)
+        assert len(finals) == 2
+        for final in finals:
+            same_end(tmp_path / "one" / final.parent.relative_to(tmp_path / name), final.parent)

@@ -38,22 +38,28 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_fsdp_and_zero_have_the_losses_of_ddp(make_recipe: MakeRecipe) -> None:
+def test_fsdp_zero_and_ulysses_have_the_losses_of_ddp(make_recipe: MakeRecipe) -> None:
+    """Two workers of Ray Train; without dropout, whose draws follow the rank."""
     finals, curves = {}, {}
     for name, section in {
         "ddp": {},
         "fsdp": {"backend": "fsdp"},
         "zero2": {"backend": "deepspeed", "zero_stage": 2},
         "zero3": {"backend": "deepspeed", "zero_stage": 3},
+        "ulysses": {},
     }.items():
-        recipe = make_recipe(name, resources={"num_workers": 2}, sft={**section, "max_steps": 4})
+        recipe = make_recipe(
+            name,
+            resources={"num_workers": 2, "sequence_parallel": 1 + (name == "ulysses")},
+            sft={**section, "max_steps": 4, "dropout": 0.0},
+        )
         shutil.rmtree(recipe.path / "sft")
         final = finetune(recipe)
         finals[name] = load_file(final / "model.safetensors")
         curves[name] = losses(recipe.path / "sft") + losses(recipe.path / "sft", "eval/loss")
         assert is_complete(recipe.path / "sft" / "checkpoints" / "step-00000002")
     assert curves["ddp"][3] < curves["ddp"][0]
-    for name in ("fsdp", "zero2", "zero3"):
+    for name in ("fsdp", "zero2", "zero3", "ulysses"):
         assert curves[name] == pytest.approx(curves["ddp"], rel=1e-4)
         assert finals[name].keys() == finals["ddp"].keys()
         for key, weight in finals[name].items():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from rayrlhf.config import Recipe, RecipeError, TrainingConfig
 from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.causal_lm import CausalLMModel, token_log_probs
 from rayrlhf.training import loop
-from rayrlhf.training.backend import make_backend
+from rayrlhf.training.backend import Backend, make_backend
 from rayrlhf.training.backend.ulysses import _attend
 from rayrlhf.training.dpo import DPOStage
 from rayrlhf.training.pretrain import PretrainStage
@@ -32,12 +33,37 @@ from tests.training.conftest import ROW_LENGTH, write_corpus
 
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
-KEYS = ("loss", "eval/loss", "grad_norm", "tokens", "pair_accuracy", "num_pairs", "eval/num_pairs")
+KEYS = (
+    *("loss", "eval/loss", "grad_norm", "skipped_steps", "tokens"),
+    *("pair_accuracy", "num_pairs", "eval/num_pairs"),
+)
 NOISE = (DPOStage, "pair_accuracy")
 """The policy starts as the reference: which of two responses it prefers is rounding."""
 FSDP = {"backend": "fsdp"}
 ZERO3 = {"backend": "deepspeed", "zero_stage": 3}
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
+GPT2 = {"architecture": "gpt2", "num_heads": 4, "num_kv_heads": 4}
+SPIKE = 3
+"""The step that has one."""
+
+
+class NoisyStage(SFTStage):
+    """Noise of NEFTune that is 1, not random: its scale is what the ranks have to agree on."""
+
+    def loss(self, backend: Backend, micro: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with mock.patch.object(Tensor, "uniform_", lambda noise, *_: noise.fill_(1.0)):
+            return super().loss(backend, micro)
+
+
+class SpikingStage(PretrainStage):
+    """A hundred times the loss in one step."""
+
+    def loss(self, backend: Backend, micro: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_sum, sums = super().loss(backend, micro)
+        factor = 100.0 if backend.num_steps == SPIKE - 1 else 1.0
+        return loss_sum * factor, {name: value * factor for name, value in sums.items()}
+
+
 STAGES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
     "joined": (PretrainStage, {}),
     "apart": (PretrainStage, {"documents": "apart"}),
@@ -46,7 +72,17 @@ STAGES: dict[str, tuple[type[Stage], dict[str, Any]]] = {
     "reward": (RewardStage, {}),
     # Gradients of a pair cancel where its responses agree: Adam would take rounding to size 1.
     "dpo": (DPOStage, {"adam_eps": 1e-4}),
+    "gpt2": (PretrainStage, {"documents": "apart"}),
+    "noisy": (NoisyStage, {"neftune_alpha": 5.0}),
+    "spike": (
+        SpikingStage,
+        {"max_steps": 5, "learning_rate": 1e-7, "loss_spike": {"window": 4, "threshold": 20}},
+    ),
+    "bfloat16": (SFTStage, {"precision": "bfloat16", "adam_eps": 1e-3}),
 }
+SHARDED = ("apart", "reward", "noisy", "spike", "bfloat16")
+FLOAT32, BFLOAT16 = 1e-5, 2**-8
+"""Tolerances; the second is a step of bfloat16: shards round weights, autocast does not."""
 SPLITS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "2-by-2": (2, 2, {}),
     "4-by-2": (4, 2, {"gradient_checkpointing": True}),
@@ -172,7 +208,7 @@ def test_ranks_that_share_rows_equal_one_process(
         recipe = make_recipe(
             f"{name}-{stage}",
             {"num_workers": world_size, "sequence_parallel": size},
-            model=GROUPED,
+            model=GPT2 if stage == "gpt2" else GROUPED,
             **{kind.name: section},
         )
         write_rows(recipe)
@@ -191,19 +227,24 @@ def test_ranks_that_share_rows_equal_one_process(
         (name, stage): job(name, stage, *how)
         for name, how in SPLITS.items()
         for stage in STAGES
-        if how[-1] not in (ZERO3, FSDP) or stage in ("apart", "reward")
+        if how[-1] not in (ZERO3, FSDP) or stage in SHARDED
     }
     mp.spawn(_ranks, (str(tmp_path), list(split.values()), str(grouped_model)), nprocs=4)
 
     for (name, stage), each in split.items():
         lines, weights = outcome(each)
         expected_lines, expected = outcome(alone[stage])
-        assert len(lines) == 2
-        assert lines == [pytest.approx(line, rel=1e-5) for line in expected_lines], (name, stage)
+        tolerance = BFLOAT16 if stage == "bfloat16" else FLOAT32
+        wanted = [pytest.approx(line, rel=tolerance) for line in expected_lines]
+        assert lines and lines == wanted, (name, stage)
+        if stage == "spike":
+            assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
+        if stage == "bfloat16":  # what is kept is not
+            assert any(not weight.equal(weight.bfloat16().float()) for weight in weights.values())
         assert weights.keys() == expected.keys()
         for key, weight in weights.items():
             torch.testing.assert_close(
-                weight, expected[key], rtol=1e-5, atol=1e-5, msg=f"{name} {stage} {key}"
+                weight, expected[key], rtol=tolerance, atol=tolerance, msg=f"{name} {stage} {key}"
             )
         assert config_of(each) == config_of(alone[stage])
 
