@@ -14,8 +14,9 @@ from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
+from rayrlhf.external.functions import place_of
 from rayrlhf.rl.layout import plan
-from rayrlhf.rl.reward_function import check_functions, place_of
+from rayrlhf.rl.reward_function import check_functions
 
 SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},

@@ -75,7 +75,7 @@ def evaluate(recipe: Recipe) -> Path:
         for judge in judges
     }
     results = _about(recipe, cfg, models, len(prompts))
-    results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
+    results |= compare_answers(answers, scores, reference=results["reference"])
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "

@@ -206,7 +206,7 @@ def _models_table(results: Results) -> str:
         rows.append(cells)
     return table(header, rows) + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
-        "small figures are 95% intervals (bootstrap over prompts).</p>"
+        "small figures are 95% intervals, with the prompt as the unit.</p>"
     )
 
 
