@@ -19,8 +19,8 @@ from rayrlhf.rl.reward_endpoint import EndpointScorer
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker, as_scores
 from rayrlhf.rl.waiting import share
+from tests.external.scorer import Answer, Scorer, lengths, serving
 from tests.rl.inline import PROMPTS, InlineHandle, SmallEngine
-from tests.rl.scorer import Answer, Scorer, lengths, serving
 
 Make = Callable[..., RoleSettings]
 
