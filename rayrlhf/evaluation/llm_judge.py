@@ -8,7 +8,6 @@ Departures: the verdict is the last one of a reply, and there is no reference an
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from rayrlhf import console
 from rayrlhf.config import JudgeConfig, RecipeError, api_url
 from rayrlhf.evaluation.verdicts import VerdictCache, key_of_request
-from rayrlhf.external.endpoints import Endpoint, EndpointDown, quoted
+from rayrlhf.external.endpoints import Endpoint, EndpointDown, authorization, quoted
 
 Floats = npt.NDArray[np.float64]
 
@@ -86,7 +85,7 @@ class LLMJudge:
         self._endpoint = Endpoint(
             key,
             self._url,
-            headers=_authorization(key, judge),
+            headers=authorization(key, judge.key_env),
             timeout_s=judge.timeout_s,
             retries=judge.retries,
             sign_in="set key_env to a variable with a key that is valid there",
@@ -206,17 +205,3 @@ def positions(battles: Sequence[Battle], verdicts: Sequence[Verdicts]) -> Positi
         first_wins=flat.count("A"),
         second_wins=flat.count("B"),
     )
-
-
-def _authorization(key: str, judge: JudgeConfig) -> dict[str, str]:
-    """Return the header with the key; an error never shows its value."""
-    if judge.key_env is None:
-        return {}
-    value = os.environ.get(judge.key_env, "").strip()
-    if not value or not (value.isascii() and value.isprintable()):
-        problem = "holds no key" if value else "is not set"
-        raise RecipeError(
-            f"{key}: the variable key_env={judge.key_env} {problem}: set it to the key of the API, "
-            "or take key_env out"
-        )
-    return {"Authorization": f"Bearer {value}"}

@@ -8,6 +8,7 @@ headers on.
 
 import http.client
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -115,6 +116,23 @@ class Endpoint:
         if error.code in (401, 403):
             return f": {self._sign_in}"
         return ": correct url, or what the endpoint makes of a request"
+
+
+def authorization(key: str, key_env: str | None) -> dict[str, str]:
+    """Return the header with the API key in the variable `key_env`; {} for None.
+
+    Raises RecipeError, opened by `key`, where it has none; the error never shows a value.
+    """
+    if key_env is None:
+        return {}
+    value = os.environ.get(key_env, "").strip()
+    if not value or not (value.isascii() and value.isprintable()):
+        problem = "holds no key" if value else "is not set"
+        raise RecipeError(
+            f"{key}: the variable key_env={key_env} {problem}: set it to the key of the API, or "
+            "take key_env out"
+        )
+    return {"Authorization": f"Bearer {value}"}
 
 
 def quoted(body: bytes) -> str:

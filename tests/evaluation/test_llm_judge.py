@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +38,9 @@ def replying(say: Say) -> Callable[[dict[str, Any], int], Answer]:
     """Answer as a chat API does, with what `say` makes of the two responses."""
 
     def answer(body: dict[str, Any], _: int) -> Answer:
+        asked = body["messages"][1]["content"]
         a, b = (
-            re.findall(rf"<response_{side}>\n(.*)\n</response", body["messages"][1]["content"])[0]
+            asked.partition(f"<response_{side}>\n")[2].partition(f"\n</response_{side}>")[0]
             for side in "ab"
         )
         return 200, {"choices": [{"message": {"role": "assistant", "content": say(a, b)}}]}
