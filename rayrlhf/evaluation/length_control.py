@@ -7,7 +7,7 @@ read at a difference of 0. Departures:
 2. Jeffreys' prior (Firth 1993, doi:10.1093/biomet/80.1.27) in place of an L2 penalty chosen by
    cross-validation: it is finite where one side wins everything, has nothing to choose, and is,
    without lengths, the one battle won by halves that `ratings` adds to each pair.
-3. The interval is that of the sandwich estimator, of the log-odds at a difference of 0.
+3. The interval is that of the sandwich estimator, for the log-odds at a difference of 0.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rayrlhf.evaluation.ratings import Interval, Z
+from rayrlhf.evaluation.ratings import Interval, t_quantile
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +43,8 @@ def length_controlled(won: Floats, gaps: Floats) -> LengthControlled:
     if not decided.any():
         return LengthControlled(Interval(0.5, 0.0, 1.0), 0.0)
     logit, error, coefficient = at_equal_lengths(won[decided], gaps[decided])
-    low, value, high = (float(_chance(logit + z * error)) for z in (-Z, 0.0, Z))
+    z = t_quantile(int(decided.sum()))
+    low, value, high = (float(_chance(logit + side * z * error)) for side in (-1, 0, 1))
     return LengthControlled(Interval(value, low, high), float(coefficient))
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from rayrlhf.evaluation.length_control import at_equal_lengths, length_controlled
-from rayrlhf.evaluation.ratings import Z, strengths
+from rayrlhf.evaluation.ratings import strengths, t_quantile
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def test_the_truth_comes_back_from_a_judge_who_likes_length(
     logits, errors, coefficients = at_equal_lengths(won, gaps)
     assert (1 / (1 + np.exp(-logits))).mean() == pytest.approx(truth, abs=0.01)
     assert coefficients.mean() == pytest.approx(liking, abs=0.1)
-    covered = np.abs(logits - math.log(truth / (1 - truth))) <= Z * errors
+    covered = np.abs(logits - math.log(truth / (1 - truth))) <= t_quantile(prompts) * errors
     assert 0.93 <= covered.mean() <= 0.97
 
 
@@ -54,7 +54,7 @@ def test_without_differences_of_length_it_is_the_win_rate_with_a_tie_more() -> N
     logs, covariance = strengths(table)
     odds = found.win_rate.high / (1 - found.win_rate.high)
     error = math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    assert math.log(odds) == pytest.approx(logs[1] - logs[0] + Z * error, abs=1e-6)
+    assert math.log(odds) == pytest.approx(logs[1] - logs[0] + t_quantile(10) * error, abs=1e-6)
 
 
 def test_the_rival_has_the_rest() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from rayrlhf.evaluation.ratings import (
-    Z,
     bradley_terry,
     outcomes,
     ratings,
     share_won,
     strengths,
+    t_quantile,
     win_chances,
     win_rate,
 )
@@ -174,6 +174,13 @@ def test_a_model_that_wins_everything_has_intervals_that_are_no_points() -> None
     assert rate.low == pytest.approx(0.929, abs=0.005)  # Wilson's
 
 
+@pytest.mark.parametrize(
+    ("num_prompts", "tabled"), [(4, 3.1824), (11, 2.2281), (50, 2.0096), (10**6, 1.96)]
+)
+def test_the_quantile_is_that_of_students_tables(num_prompts: int, tabled: float) -> None:
+    assert t_quantile(num_prompts) == pytest.approx(tabled, rel=0.01 if num_prompts < 11 else 1e-4)
+
+
 TOURNAMENTS = [
     # prompts, log-strength of the best (the worst has its negative), models, share of ties
     (200, 1.0, 4, 0.2),
@@ -206,7 +213,7 @@ def test_intervals_cover_the_truth_in_95_of_100_tournaments(
     variances = np.diagonal(covariance, axis1=-2, axis2=-1)
     errors = np.sqrt(variances[:, 1:] + variances[:, :1] - 2 * covariance[:, 0, 1:])
     off = (logs - logs[:, :1] - (truth - truth[0]))[:, 1:]
-    assert 0.93 <= (np.abs(off) <= Z * errors).mean() <= 0.97
+    assert 0.93 <= (np.abs(off) <= t_quantile(num_prompts) * errors).mean() <= 0.97
 
     rates = [share_won(row) for row in won[:, :, 0, 1]]
     assert 0.93 <= np.mean([r.low <= chances[0, 1] <= r.high for r in rates]) <= 0.97
