@@ -69,8 +69,7 @@ class Battles:
             if isinstance(one, LLMJudge):
                 found[one.name] = self._by_llm(one, answers, anchor)
             else:
-                table = {model: one.score(given) for model, given in answers.items()}
-                found[one.name] = self._by_scores(table, answers, anchor)
+                found[one.name] = self._by_scores(one.scores(answers), answers, anchor)
         return {
             "models": models,
             "anchor": anchor,

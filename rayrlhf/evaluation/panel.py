@@ -1,6 +1,6 @@
 """The judges that `evaluate.judges` adds: reward models and functions that score, and LLMs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ class FunctionJudge:
         self._function = functions.load(key, place)
         self._tokenizer = tokenizer
 
+    def scores(self, answers: Mapping[str, Sequence[Answer]]) -> dict[str, Floats]:
+        """Return (N,) scores of each model's answers; raises RecipeError as `score` does."""
+        return {model: self.score(given) for model, given in answers.items()}
+
     def score(self, answers: Sequence[Answer]) -> Floats:
         """Return (N,) scores; RecipeError when they are not one finite number per answer."""
         prompts = self._tokenizer.batch_decode(
@@ -67,7 +71,7 @@ class ModelJudge:
     def __init__(
         self, key: str, judge: JudgeConfig, records: Sequence[Record], tokens_per_batch: int
     ) -> None:
-        """Check that it is there and fits its tokenizer; it is loaded when it scores."""
+        """Check that it is there and fits its tokenizer; it is loaded to score."""
         assert judge.model is not None, "it is a judge with a model"
         self.key, self.name = key, judge.title
         self._folder = builtin.resolve(judge.model)
@@ -82,8 +86,11 @@ class ModelJudge:
         except RecipeError as error:
             raise RecipeError(f"{key}: {error}") from None
 
-    def score(self, answers: Sequence[Answer]) -> Floats:
-        """Return (N,) scores of answers to all the prompts, at the end-of-text token."""
+    def scores(self, answers: Mapping[str, Sequence[Answer]]) -> dict[str, Floats]:
+        """Return (N,) scores of each model's answers to the prompts, at the end-of-text token.
+
+        The model is in memory only meanwhile.
+        """
         eos_id = int(self._tokenizer.eos_token_id)
         judge = RewardJudge(
             ScalarHeadModel.from_pretrained(self._folder),
@@ -91,12 +98,15 @@ class ModelJudge:
             device=device(),
             tokens_per_batch=self._tokens_per_batch,
         )
-        return judge.score_ids(
-            [
-                [*prompt, *encode_text(self._tokenizer, answer.response), eos_id]
-                for prompt, answer in zip(self._prompts, answers, strict=True)
-            ]
-        )
+        return {
+            model: judge.score_ids(
+                [
+                    [*prompt, *encode_text(self._tokenizer, answer.response), eos_id]
+                    for prompt, answer in zip(self._prompts, given, strict=True)
+                ]
+            )
+            for model, given in answers.items()
+        }
 
 
 ScoreJudge = FunctionJudge | ModelJudge
