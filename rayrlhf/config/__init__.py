@@ -8,6 +8,7 @@ exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help
 from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.judges import JudgeConfig, api_url, judge_key
 from rayrlhf.config.kl import KLConfig
 from rayrlhf.config.label import ArenaConfig, LabelConfig, SampleConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
@@ -50,6 +51,7 @@ __all__ = [
     "EvaluateConfig",
     "Filter",
     "Fraction",
+    "JudgeConfig",
     "KLConfig",
     "LabelConfig",
     "LoraConfig",
@@ -77,7 +79,9 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "api_url",
     "backoff_s",
+    "judge_key",
     "key_of",
     "load",
     "parse",

@@ -1,5 +1,10 @@
 """The comparison of the stages."""
 
+from typing import Self
+
+from pydantic import model_validator
+
+from rayrlhf.config.judges import JudgeConfig, check_contestants, check_judges
 from rayrlhf.config.section import Positive, PositiveFloat, Section
 
 
@@ -20,3 +25,14 @@ class EvaluateConfig(Section):
     """KV cache of the engine that answers the prompts, GiB."""
     num_samples: Positive = 12
     """Prompts whose answers are shown side by side in the report."""
+    models: dict[str, str] = {}
+    """Further models for the battles: name -> folder, hub name or `builtin:` name, each with a
+    tokenizer of its own. Prompts with `messages` are put to it in its own chat template."""
+    judges: tuple[JudgeConfig, ...] = ()
+    """Judges of the battles beside VADER and the run's own reward model."""
+
+    @model_validator(mode="after")
+    def _battles_fit(self) -> Self:
+        check_contestants(self.models)
+        check_judges(self.judges)
+        return self

@@ -2,10 +2,11 @@
 
     1 answer    every model answers the same prompts                      vLLM, one engine
     2 judge     VADER and the reward model score every answer
-    3 compare   win rates, ratings, entropy, distinct-2, KL, held-out loss
+    3 compare   win rates, ratings, battles, entropy, distinct-2, KL, held-out loss
     4 agree     the reward model, VADER and people on the same held-out texts
     5 report    results.json, figures, report.html
 
+Models of `evaluate.models` answer too, and fight; all else is about the stages of the run.
 Everything runs in this one process: at the size of an evaluation no cluster pays off.
 """
 
@@ -25,10 +26,12 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf import console, lineage, metrics
 from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
-from rayrlhf.data.datasets import Record, encode_prompts, fitting_prompts, read_records
+from rayrlhf.data.datasets import Record, encode_prompt, fitting_prompts, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.evaluation import plots, report
+from rayrlhf.evaluation.battles import Battles
+from rayrlhf.evaluation.battles_section import summary_table
 from rayrlhf.evaluation.comparison import (
     Answers,
     compare_answers,
@@ -60,12 +63,15 @@ def evaluate(recipe: Recipe) -> Path:
     models = models_of(recipe)
     tokenizer = load_tokenizer(recipe)
     max_length = recipe.model.max_length
-    prompts = choose_prompts(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
+    chosen = choose_records(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
+    prompts = as_prompts(chosen, tokenizer)
     texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
+    tokens_per_batch = cfg.batch_size * max_length
+    battles = Battles(recipe, tokenizer, chosen, tokens_per_batch=tokens_per_batch)
 
     _say(f"{len(prompts)} prompts, answered by {', '.join(models)}")
     answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)  # 1
-    tokens_per_batch = cfg.batch_size * max_length
+    guests = battles.answers(prompts, answer_prompts)
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
     _say(
         f"{sum(map(len, answers.values()))} answers, judged by {', '.join(j.name for j in judges)}"
@@ -75,7 +81,10 @@ def evaluate(recipe: Recipe) -> Path:
         for judge in judges
     }
     results = _about(recipe, cfg, models, len(prompts))
-    results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
+    results |= compare_answers(answers, scores, reference=results["reference"])
+    results["battles"] = battles.fight(
+        answers | guests, judges, scores, anchor=results["reference"]
+    )
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "
@@ -133,13 +142,13 @@ def models_of(recipe: Recipe) -> dict[str, str]:
     return {"base": base, **models}
 
 
-def choose_prompts(
+def choose_records(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     cfg: EvaluateConfig,
-) -> list[tuple[str, list[int]]]:
-    """Return text and token ids of `num_prompts` prompts in an order that the seed decides."""
+) -> list[Record]:
+    """Return `num_prompts` prompts that leave room for an answer, in an order of the seed."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
         raise RecipeError(
@@ -149,10 +158,19 @@ def choose_prompts(
         )
     fitting = fitting_prompts(records, tokenizer, room)
     order = np.random.default_rng(recipe.seed).permutation(len(fitting))[: cfg.num_prompts]
-    chosen = [fitting[i] for i in order]
+    return [fitting[i] for i in order]
+
+
+def as_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[str, list[int]]]:
+    """Return text and token ids of prompts."""
     return [
-        (record["messages"][-1]["content"] if "messages" in record else record["prompt"], ids)
-        for record, ids in zip(chosen, encode_prompts(chosen, tokenizer, room), strict=True)
+        (
+            record["messages"][-1]["content"] if "messages" in record else record["prompt"],
+            encode_prompt(record, tokenizer),
+        )
+        for record in records
     ]
 
 
@@ -312,6 +330,8 @@ def summary(results: Mapping[str, Any]) -> str:
     ]
     wins = [f"wins by {JUDGES[judge].removeprefix('the ')}" for judge in results["judges"]]
     shown = console.table(("model", *wins, "KL (nats)", "entropy", "distinct-2", "rating"), rows)
+    if len(results["battles"]["models"]) > 1:
+        shown += "\n\n" + summary_table(results["battles"])
     if results["reward_model"]:
         shown += "\n\n" + console.table(
             ("reward model on", "pair accuracy", "one human", "VADER", "Pearson r"),

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rayrlhf.config import PPOConfig, Role
 from rayrlhf.data.rows import write_shard
+from rayrlhf.external.functions import place_of
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
 from rayrlhf.models.scalar_head import ScalarHeadModel
@@ -20,7 +21,6 @@ from rayrlhf.rl import groups
 from rayrlhf.rl.experience import Rows
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.reward_function import place_of
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
 from rayrlhf.rl.setup import trained_model

@@ -6,6 +6,7 @@ Each figure is drawn twice from the same numbers, on a light and on a dark groun
 from collections.abc import Mapping
 from typing import Any
 
+from rayrlhf.evaluation.plots.battles import ratings
 from rayrlhf.evaluation.plots.canvas import Figure, Records
 from rayrlhf.evaluation.plots.models import entropy, win_rates
 from rayrlhf.evaluation.plots.reward_errors import reward_errors
@@ -19,6 +20,7 @@ def figures(results: Mapping[str, Any], curves: Mapping[str, Records]) -> list[F
     """Draw every figure that the results and the metrics of the stages (by name) allow."""
     drawn = [
         win_rates(results),
+        ratings(results),
         reward_against_kl(curves.get("ppo", ())),
         reward_model(results),
         calibration(results),
