@@ -1,6 +1,6 @@
 """Does PPO learn what TRL's last PPO trainer learns from as many responses? A toy task, over seeds.
 
-    python tests/benchmarks/ppo_toy_vs_trl.py [--seeds 5] [--steps 60] [--plot ppo_toy.png]
+    python tests/benchmarks/ppo_toy_vs_trl.py [--seeds 5] [--steps 100] [--plot ppo_toy.png]
                                               [--peer-env FOLDER]
 
 The reward is the share of one token in a response of up to 6 tokens of 12. Both sides start from
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TOKEN, EOS, PAD, PROMPT, RESPONSE = 5, 0, 1, 3, 6
-BATCH, MINIBATCHES, RATE, CLIP, KL_COEF = 32, 2, 1e-3, 0.2, 0.02
+BATCH, RATE, CLIP, KL_COEF = 32, 1e-3, 0.2, 0.02
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}
 """Student's t, two-sided 95%, by the number of seeds."""
 SMOOTH = 5
@@ -85,7 +85,7 @@ def run_ours(folder: Path, seed: int, num_steps: int) -> list[tuple[float, float
         seed=seed,
         steps=num_steps,
         batch_size=BATCH,
-        num_minibatches=MINIBATCHES,
+        num_minibatches=1,
         max_response_tokens=RESPONSE,
         actor=role,
         critic=role,
@@ -157,9 +157,9 @@ def run_trl(folder: Path, seed: int, num_steps: int) -> list[tuple[float, float]
     trainer = PPOTrainer(
         PPOConfig(
             output_dir=str(folder / "trl"),
-            per_device_train_batch_size=BATCH // MINIBATCHES,
-            gradient_accumulation_steps=MINIBATCHES,
-            num_mini_batches=MINIBATCHES,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=1,
+            num_mini_batches=1,  # of several it accumulates the gradients into one update
             num_ppo_epochs=1,
             local_rollout_forward_batch_size=BATCH,
             total_episodes=BATCH * num_steps,
@@ -266,7 +266,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, choices=sorted(T_95))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--plot", type=Path, default=Path("ppo_toy.png"))
     parser.add_argument("--peer-env", type=Path, default=Path(tempfile.gettempdir()) / PEER)
     parser.add_argument("--quick", action="store_true", help="a few steps, ours against ours")
