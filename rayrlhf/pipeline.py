@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from rayrlhf import console, lineage, metrics, session
-from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError
+from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
 from rayrlhf.rl.layout import plan
@@ -207,6 +207,8 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
             files[f"{stage}.init.0"] = folder
     if stage == "ppo":
         files |= _scoring_files(recipe)
+    if stage == "evaluate" and recipe.evaluate is not None:
+        files |= _gold_files(recipe.evaluate)
     return lineage.inputs(recipe, stage, files) | data
 
 
@@ -240,6 +242,14 @@ def _scoring_files(recipe: Recipe) -> dict[str, Path]:
             places[f"ppo.rewards.{index}.function"] = place_of(reward.function).rpartition(":")[0]
     files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
     return {key: file for key, file in files.items() if file.exists()}
+
+
+def _gold_files(cfg: EvaluateConfig) -> dict[str, Path]:
+    """Return the gold reward model that the evaluation names, where it is there."""
+    cost = cfg.overoptimisation
+    if cost is None or cost.gold is None or not Path(cost.gold).exists():
+        return {}
+    return {"evaluate.overoptimisation.gold": Path(cost.gold)}
 
 
 def _init(recipe: Recipe, stage: str) -> str | None:

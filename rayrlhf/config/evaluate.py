@@ -1,5 +1,6 @@
 """The comparison of the stages."""
 
+from rayrlhf.config.cost import FewShotConfig, OveroptimisationConfig, VarietyConfig
 from rayrlhf.config.section import Positive, PositiveFloat, Section
 
 
@@ -20,3 +21,10 @@ class EvaluateConfig(Section):
     """KV cache of the engine that answers the prompts, GiB."""
     num_samples: Positive = 12
     """Prompts whose answers are shown side by side in the report."""
+    few_shot: FewShotConfig | None = None
+    """Adds the prompted base model to the win rates; `{}` takes the defaults."""
+    variety: VarietyConfig | None = None
+    """Counts different answers to one prompt; `{}` takes the defaults."""
+    overoptimisation: OveroptimisationConfig | None = None
+    """Proxy against gold reward; `{}` takes the defaults. It takes minutes: PPO's checkpoints and
+    best-of-n answer some thousand prompts."""

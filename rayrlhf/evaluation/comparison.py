@@ -23,6 +23,7 @@ from rayrlhf.evaluation.held_out import (
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
 from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
+from rayrlhf.evaluation.variety import ratio_interval
 from rayrlhf.models.causal_lm import CausalLMModel
 
 Floats = npt.NDArray[np.float64]
@@ -82,7 +83,7 @@ def _bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
 
-def compare_models(
+def compare_models(  # noqa: PLR0913 (models, texts, and how they are read)
     models: Mapping[str, str],
     answers: Answers,
     rows: Mapping[str, list[list[int]]],
@@ -90,8 +91,11 @@ def compare_models(
     reference: str,
     temperature: float,
     tokens_per_batch: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return what takes a forward pass: entropy, KL from the reference, held-out loss.
+
+    `alignment_tax` is the held-out loss less the base model's, nats per token.
 
     `engine_mismatch` is how far the engine's log-probs are from those found here, in nats per
     token: near 0 in float32 when both have the same weights.
@@ -126,7 +130,16 @@ def compare_models(
         "kl_ref_per_response": {
             name: kl_per_response(found, by_reference[name]) for name, found in own.items()
         },
+        "entropy_intervals": {
+            name: _bounds(ratio_interval(found.entropies, found.lengths, seed=seed))
+            for name, found in own.items()
+        },
         "held_out_loss": losses,
+        "alignment_tax": {
+            name: {source: loss - losses["base"][source] for source, loss in row.items()}
+            for name, row in losses.items()
+            if name != "base"
+        },
         "engine_mismatch": {name: _mismatch(answers[name], found) for name, found in own.items()},
     }
 

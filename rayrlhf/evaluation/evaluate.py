@@ -9,7 +9,6 @@
 Everything runs in this one process: at the size of an evaluation no cluster pays off.
 """
 
-import gc
 import os
 import platform
 import time
@@ -28,9 +27,9 @@ from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompts, fitting_prompts, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
-from rayrlhf.evaluation import plots, report
+from rayrlhf.evaluation import cost, plots, report
+from rayrlhf.evaluation.answering import Answerer, Prompt
 from rayrlhf.evaluation.comparison import (
-    Answers,
     compare_answers,
     compare_models,
     compare_with_people,
@@ -41,10 +40,10 @@ from rayrlhf.evaluation.held_out import (
     held_out_rows,
     rated_texts,
 )
-from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.judges import Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.overoptimisation import checkpoints, gold_folder, overoptimisation
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
-from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel
 
@@ -64,7 +63,10 @@ def evaluate(recipe: Recipe) -> Path:
     texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
 
     _say(f"{len(prompts)} prompts, answered by {', '.join(models)}")
-    answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)  # 1
+    answerer = Answerer(Engine, tokenizer, recipe, cfg)
+    demonstrations = cost.demonstrations_of(recipe)
+    asked = cost.ask(models, prompts, demonstrations, answerer, tokenizer, recipe, cfg)  # 1
+    answers = asked.answers
     tokens_per_batch = cfg.batch_size * max_length
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
     _say(
@@ -76,6 +78,14 @@ def evaluate(recipe: Recipe) -> Path:
     }
     results = _about(recipe, cfg, models, len(prompts))
     results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
+    results |= cost.measure(
+        asked,
+        judges,
+        scores,
+        reference=results["reference"],
+        trained=[name for name in MODELS if name in models][-1],
+        recipe=recipe,
+    )
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "
@@ -88,6 +98,10 @@ def evaluate(recipe: Recipe) -> Path:
         reference=results["reference"],
         temperature=cfg.temperature,
         tokens_per_batch=tokens_per_batch,
+        seed=recipe.seed,
+    )
+    results["overoptimisation"] = _overoptimisation(
+        recipe, models[results["reference"]], prompts, answerer, judges, tokenizer
     )
     _say(f"agreement with people on {sum(len(rated.texts) for rated in texts.values())} texts")
     results |= compare_with_people(
@@ -118,6 +132,8 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
     scoring = lineage.reward_models(recipe) if recipe.reward else ()
     needed = [*written.values(), *(recipe.path / name for name in scoring)]
+    if recipe.evaluate is not None and recipe.evaluate.overoptimisation is not None:
+        gold_folder(recipe, recipe.evaluate.overoptimisation)
     for folder in needed:
         if not (folder / "config.json").is_file():
             raise RecipeError(
@@ -138,7 +154,7 @@ def choose_prompts(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     cfg: EvaluateConfig,
-) -> list[tuple[str, list[int]]]:
+) -> list[Prompt]:
     """Return text and token ids of `num_prompts` prompts in an order that the seed decides."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
@@ -156,54 +172,35 @@ def choose_prompts(
     ]
 
 
-def answer_prompts(
-    models: Mapping[str, str],
-    prompts: Sequence[tuple[str, list[int]]],
-    tokenizer: PreTrainedTokenizerFast,
+def _overoptimisation(  # noqa: PLR0913 (what answers, what is asked, and what judges)
     recipe: Recipe,
-    cfg: EvaluateConfig,
-) -> Answers:
-    """Let every model answer every prompt, with the same random seed per prompt for all models."""
-    rng = np.random.default_rng([recipe.seed, 1])
-    seeds = [int(seed) for seed in rng.integers(0, 2**31, size=len(prompts))]
-    answers: Answers = {}
-    engine: Engine | None = None
-    shapes: dict[str, torch.Size] = {}
-    for version, (name, folder) in enumerate(models.items()):
-        weights = dict(named_weights(CausalLMModel.from_pretrained(folder)))
-        found = {key: tensor.shape for key, tensor in weights.items()}
-        if engine is not None and found == shapes:
-            engine.load_weights(weights.items(), version)
-        else:
-            engine = None
-            gc.collect()  # the engine before must leave its memory first
-            engine = Engine(
-                folder,
-                max_length=recipe.model.max_length,
-                memory_gib=cfg.memory_gib,
-                seed=recipe.seed,
-                num_threads=recipe.resources.rollout.num_threads,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            shapes = found
-        completions = engine.generate(
-            [ids for _, ids in prompts],
-            seeds=seeds,
-            max_tokens=cfg.max_response_tokens,
-            temperature=cfg.temperature,
-        )
-        answers[name] = [
-            Answer(
-                text,
-                tokenizer.decode(done.token_ids, skip_special_tokens=True),
-                ids,
-                done.token_ids,
-                done.log_probs,
-                done.finish_reason == "stop",
-            )
-            for (text, ids), done in zip(prompts, completions, strict=True)
-        ]
-    return answers
+    reference: str,
+    prompts: Sequence[Prompt],
+    answerer: Answerer,
+    judges: Sequence[Judge],
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Any] | None:
+    """Return proxy and gold reward over KL; None where the recipe does not ask for them."""
+    cfg = recipe.evaluate
+    if cfg is None or cfg.overoptimisation is None:
+        return None
+    steps = len(checkpoints(recipe))
+    _say(f"proxy and gold reward of {steps} checkpoints and of best-of-n")
+    tokens_per_batch = cfg.batch_size * recipe.model.max_length
+    proxy = next(judge for judge in judges if isinstance(judge, RewardJudge))
+    folder = gold_folder(recipe, cfg.overoptimisation)
+    found = overoptimisation(
+        checkpoints(recipe),
+        reference,
+        prompts,
+        answerer,
+        (proxy, _reward_judge(folder, tokenizer, tokens_per_batch)),
+        cfg.overoptimisation,
+        temperature=cfg.temperature,
+        tokens_per_batch=tokens_per_batch,
+        seed=recipe.seed,
+    )
+    return {"gold_model": str(folder), **found}
 
 
 def _judges(
