@@ -189,13 +189,13 @@ def compare_with_people(
 
 
 def samples(
-    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], positions: Iterable[int]
 ) -> list[dict[str, Any]]:
-    """Return the first prompts with what every model answered, and the judges' scores."""
-    prompts = next(iter(answers.values()))[:num_samples]
+    """Return the prompts at these positions with every model's answer and the judges' scores."""
+    prompts = next(iter(answers.values()))
     return [
         {
-            "prompt": first.prompt,
+            "prompt": prompts[i].prompt,
             "answers": {
                 model: {
                     "text": given[i].response,
@@ -207,7 +207,7 @@ def samples(
                 for model, given in answers.items()
             },
         }
-        for i, first in enumerate(prompts)
+        for i in positions
     ]
 
 

@@ -107,7 +107,12 @@ def evaluate(recipe: Recipe) -> Path:
     results |= compare_with_people(
         texts, judges, _members(recipe, tokenizer, tokens_per_batch)
     )  # 4
-    results["samples"] = samples(answers, scores, cfg.num_samples)
+    results["samples"] = samples(answers, scores, range(min(cfg.num_samples, len(prompts))))
+    for marked in (results["hacking"]["gains"], results["hacking"]["marked"]):
+        for row, sample in zip(
+            marked, samples(answers, scores, [row["position"] for row in marked]), strict=True
+        ):
+            row.update(sample)
     _say("figures and report")
     return _write(recipe, results, time.monotonic() - started)  # 5
 

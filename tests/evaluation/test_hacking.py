@@ -47,9 +47,7 @@ def test_shares_gains_and_marked() -> None:
         "vader": {"sft": np.zeros(3), "ppo": np.zeros(3)},
         "reward": {"sft": np.array([0.0, -3.0, 4.0]), "ppo": np.array([1.0, 2.0, 5.0])},
     }
-    found = hacking(
-        answers, scores, reference="sft", trained="ppo", demonstrations=(), num_shown=2
-    )
+    found = hacking(answers, scores, reference="sft", trained="ppo", demonstrations=(), num_shown=2)
     assert found["judge"] == "reward"
     assert "demonstration copy" not in found["rules"]
     assert found["shares"]["sft"]["repetition"] == pytest.approx(1 / 3)
