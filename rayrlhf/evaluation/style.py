@@ -36,6 +36,7 @@ th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--li
 th { font-weight: 600; color: var(--muted); font-size: 0.84rem; vertical-align: bottom;
   white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
+tbody th, td { vertical-align: top; }
 tbody th { font-weight: inherit; color: inherit; font-size: inherit; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 caption { text-align: left; padding: 10px 12px 2px; color: var(--muted); font-size: 0.84rem; }

@@ -25,7 +25,7 @@ def overoptimisation(results: Mapping[str, Any]) -> Figure | None:
         for ax, (key, curve) in zip(panels, curves.items(), strict=True):
             _panel(ax, theme, curve)
             ax.set_title(CURVES[key], color=theme.text, fontsize=9)
-            ax.set_xlabel("√KL, nats")
+            ax.set_xlabel("√KL (KL in nats)")
         panels[0].set_ylabel("reward, SDs of the reference")
         panels[0].legend(loc="upper left")
 

@@ -46,7 +46,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure | None:
         ax.set_xlim(-0.5, len(rows) - 0.5)
         ax.set_ylim(0, 100)
         ax.set_ylabel(f"preferred to {MODELS[reference]}, %")
-        ax.legend(loc="upper left", title="judge", title_fontsize=9)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1.2)
         ax.grid(axis="x", visible=False)
 
     trained = [model for model in MODELS if model in rows and model != reference]
@@ -56,6 +56,12 @@ def win_rates(results: Mapping[str, Any]) -> Figure | None:
         _verdict(best, reference, judge, rate, bounds)
         for judge, (rate, bounds) in rows[best].items()
     )
+    few_shot = results["few_shot"]
+    if few_shot is not None:
+        said += (
+            f" {word(few_shot['model'])} had {few_shot['mean_demonstrations']:.1f} demonstrations "
+            "before each prompt, on average."
+        )
     return render(
         "win_rate",
         f"Preferred to {model_word(reference)}",
