@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rayrlhf.evaluation.bootstrap import ratio_interval
 from rayrlhf.evaluation.diagnostics import ensemble_agreement, rated_pairs
 from rayrlhf.evaluation.diversity import (
     TokenStatistics,
@@ -23,7 +24,6 @@ from rayrlhf.evaluation.held_out import (
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
 from rayrlhf.evaluation.ratings import Interval, ratings, win_rate
-from rayrlhf.evaluation.variety import ratio_interval
 from rayrlhf.models.causal_lm import CausalLMModel
 
 Floats = npt.NDArray[np.float64]

@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf.config import EvaluateConfig, Recipe
 from rayrlhf.data.datasets import Record, read_records
 from rayrlhf.evaluation.answering import Answerer, Prompt, answer_seeds
+from rayrlhf.evaluation.bootstrap import as_dict
 from rayrlhf.evaluation.few_shot import MODEL, FewShot, as_answers, with_demonstrations
 from rayrlhf.evaluation.hacking import hacking
 from rayrlhf.evaluation.judges import Answer, Judge
 from rayrlhf.evaluation.ratings import win_rate
-from rayrlhf.evaluation.variety import as_dict, variety
+from rayrlhf.evaluation.variety import variety
 
 Floats = npt.NDArray[np.float64]
 

@@ -21,10 +21,10 @@ from rayrlhf import lineage
 from rayrlhf.config import OveroptimisationConfig, Recipe, RecipeError
 from rayrlhf.evaluation.answering import Answerer, Prompt
 from rayrlhf.evaluation.best_of_n import best_of_n, fit, kl_of_best_of_n, powers_of_two
+from rayrlhf.evaluation.bootstrap import mean_interval
 from rayrlhf.evaluation.comparison import device
 from rayrlhf.evaluation.diversity import kl_per_response, token_statistics
 from rayrlhf.evaluation.judges import Answer, RewardJudge
-from rayrlhf.evaluation.variety import mean_interval
 from rayrlhf.models.causal_lm import CausalLMModel
 
 Floats = npt.NDArray[np.float64]
@@ -143,7 +143,7 @@ def curve(points: Sequence[Point], *, seed: int, log: bool) -> dict[str, Any]:
     """
     gold = [float(point.gold.mean()) for point in points]
     top = int(np.argmax(gold))
-    fall = mean_interval(list(points[top].gold - points[-1].gold), seed=seed)
+    fall = mean_interval(points[top].gold - points[-1].gold, seed=seed)
     return {
         "points": [
             {
@@ -167,7 +167,7 @@ def curve(points: Sequence[Point], *, seed: int, log: bool) -> dict[str, Any]:
 
 
 def _reward(name: str, values: Floats, seed: int) -> dict[str, Any]:
-    interval = mean_interval(list(values), seed=seed)
+    interval = mean_interval(values, seed=seed)
     return {name: interval.value, f"{name}_interval": [interval.low, interval.high]}
 
 

@@ -40,8 +40,8 @@ def win_rate(
 ) -> Interval:
     """Return the share of prompts (0 to 1, ties half) on which `scores` (N,) beats the rival."""
     won = outcomes(np.stack([scores, rival_scores], axis=1))[:, 0, 1]
-    means = resample(len(won), seed, num_resamples) @ won / len(won)
-    return Interval(float(won.mean()), *bounds(means))
+    means = _resample(len(won), seed, num_resamples) @ won / len(won)
+    return Interval(float(won.mean()), *_bounds(means))
 
 
 def bradley_terry(
@@ -90,22 +90,21 @@ def ratings(
         return {name: Interval(ELO_OF_ANCHOR, ELO_OF_ANCHOR, ELO_OF_ANCHOR) for name in names}
     won = outcomes(np.array([scores[name] for name in names], dtype=np.float64).T)
     num_prompts, num_models = len(won), len(names)
-    draws = np.concatenate([np.ones((1, num_prompts)), resample(num_prompts, seed, num_resamples)])
+    draws = np.concatenate([np.ones((1, num_prompts)), _resample(num_prompts, seed, num_resamples)])
     wins = (draws @ won.reshape(num_prompts, -1)).reshape(-1, num_models, num_models) + 0.5
     logs = bradley_terry(wins)
     elo = ELO_OF_ANCHOR + ELO_POINTS_PER_DECADE / np.log(10) * (
         logs - logs[:, [names.index(anchor)]]
     )
-    return {name: Interval(float(elo[0, i]), *bounds(elo[1:, i])) for i, name in enumerate(names)}
+    return {name: Interval(float(elo[0, i]), *_bounds(elo[1:, i])) for i, name in enumerate(names)}
 
 
-def resample(num: int, seed: int, num_resamples: int = 1000) -> Floats:
+def _resample(num: int, seed: int, num_resamples: int) -> Floats:
     """Return (num_resamples, num) counts of a draw of `num` out of `num` with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num, np.full(num, 1.0 / num), size=num_resamples).astype(np.float64)
 
 
-def bounds(values: Floats) -> tuple[float, float]:
-    """Return the 2.5% and 97.5% quantiles."""
+def _bounds(values: Floats) -> tuple[float, float]:
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)

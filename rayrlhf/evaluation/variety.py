@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrlhf.evaluation.bleu import self_bleu
+from rayrlhf.evaluation.bootstrap import as_dict, bounds, mean_interval
 from rayrlhf.evaluation.diversity import distinct_n, ngrams, words_of
 from rayrlhf.evaluation.judges import Answer
-from rayrlhf.evaluation.ratings import Interval, bounds, resample
+from rayrlhf.evaluation.ratings import Interval
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,24 +66,6 @@ def _within(groups: Sequence[Sequence[Answer]], seed: int) -> dict[str, Interval
     }
 
 
-def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
-    """Return the mean of one value per prompt."""
-    return ratio_interval(values, np.ones(len(values)), seed=seed)
-
-
-def ratio_interval(
-    numerators: Sequence[float] | Floats, denominators: Sequence[float] | Floats, *, seed: int
-) -> Interval:
-    """Return the sum of the numerators over that of the denominators, one of each per prompt."""
-    above, below = (np.asarray(side, dtype=np.float64) for side in (numerators, denominators))
-    if not below.sum():
-        return Interval(0.0, 0.0, 0.0)
-    draws = resample(len(above), seed)
-    sums = draws @ below
-    kept = sums > 0
-    return Interval(float(above.sum() / below.sum()), *bounds((draws @ above)[kept] / sums[kept]))
-
-
 def distinct_interval(texts: Sequence[str], n: int, *, seed: int) -> Interval:
     """Return distinct-n of the texts, one per prompt; the interval is cut to 0 to 1."""
     value = distinct_n(texts, n)
@@ -106,8 +89,3 @@ def distinct_interval(texts: Sequence[str], n: int, *, seed: int) -> Interval:
     shares = distinct / np.maximum(totals, 1.0)
     low, high = bounds(value + shares - shares.mean())
     return Interval(value, max(0.0, low), min(1.0, high))
-
-
-def as_dict(interval: Interval) -> dict[str, float]:
-    """Return the interval as results.json has it."""
-    return {"value": interval.value, "low": interval.low, "high": interval.high}

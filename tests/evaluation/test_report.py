@@ -122,11 +122,15 @@ def test_page_says_what_rlhf_costs(results: Results) -> None:
 
 
 def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
-    both = {"ppo_ptx": {"vader": 0.6, "reward": 0.7}}
-    results["win_rate_vs_sft"] |= both
-    results["intervals"]["win_rate_vs_sft"]["ppo_ptx"] = {"vader": [0.5, 0.7], "reward": [0.6, 0.8]}
+    table = {
+        "win_rate": {"ppo_ptx": {"sft": 0.6, "ppo": 0.4}, "sft": {"ppo_ptx": 0.4}},
+        "win_rate_interval": {"ppo_ptx": {"sft": [0.55, 0.7], "ppo": [0.3, 0.5]}, "sft": {}},
+    }
+    results["battles"] = {"judges": {"a judge of its own": table}}
     figure = win_rates(results)
-    assert figure is not None and "PPO-ptx is preferred to SFT on 60%" in figure.caption
+    assert figure is not None
+    said = "PPO-ptx is preferred to SFT on 60% of the prompts by a judge of its own"
+    assert said in figure.caption
 
 
 def test_every_table_has_a_caption_and_headers(results: Results) -> None:

@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 
 from rayrlhf.evaluation.bleu import self_bleu
+from rayrlhf.evaluation.bootstrap import mean_interval, ratio_interval
 from rayrlhf.evaluation.diversity import distinct_n
 from rayrlhf.evaluation.judges import Answer
-from rayrlhf.evaluation.variety import (
-    distinct_interval,
-    mean_interval,
-    ratio_interval,
-    variety,
-)
+from rayrlhf.evaluation.variety import distinct_interval, variety
 
 TEXTS = (
     "a good film",

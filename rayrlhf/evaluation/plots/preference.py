@@ -21,7 +21,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure | None:
     rows = _rows(results)
     if len(rows) < 2:
         return None
-    judges = list(results["judges"])
+    judges = list(dict.fromkeys(judge for rates in rows.values() for judge in rates))
 
     def draw(theme: Theme, canvas: Canvas) -> None:
         ax = canvas.subplots()
@@ -40,7 +40,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure | None:
                     color=colour,
                     markersize=6,
                 )
-            ax.plot([], [], _MARKERS[number % len(_MARKERS)], color=colour, label=JUDGES[judge])
+            ax.plot([], [], _MARKERS[number % len(_MARKERS)], color=colour, label=_judge(judge))
         ax.axhline(50, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xticks(range(len(rows)), [word(model).replace(" ", "\n") for model in rows])
         ax.set_xlim(-0.5, len(rows) - 0.5)
@@ -73,7 +73,13 @@ def win_rates(results: Mapping[str, Any]) -> Figure | None:
 
 def word(model: str) -> str:
     """Return what a model is called in the figure, the prompted one included."""
-    return "Base few-shot" if model == MODEL else model_word(model)
+    if model == MODEL:
+        return "Base few-shot"
+    return model_word(model) if model in MODELS else model
+
+
+def _judge(judge: str) -> str:
+    return JUDGES.get(judge, judge)
 
 
 def _rows(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
@@ -88,6 +94,8 @@ def _rows(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
         model: {judge: (rate, bounds[model][judge]) for judge, rate in rates.items()}
         for model, rates in results[key].items()
     }
+    for model, rates in _outside(results, reference).items():
+        found[model] = {**rates, **found.get(model, {})}
     few_shot = results["few_shot"]
     if few_shot is not None:
         found[few_shot["model"]] = {
@@ -101,10 +109,21 @@ def _rows(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
     }
 
 
+def _outside(results: Mapping[str, Any], reference: str) -> dict[str, dict[str, Rate]]:
+    """Return the win rates of the battles: of models from outside the run, by all judges."""
+    found: dict[str, dict[str, Rate]] = {}
+    for judge, table in results.get("battles", {}).get("judges", {}).items():
+        for model, rates in table["win_rate"].items():
+            if reference in rates:
+                bounds = table["win_rate_interval"][model][reference]
+                found.setdefault(model, {})[judge] = (rates[reference], bounds)
+    return found
+
+
 def _verdict(model: str, reference: str, judge: str, rate: float, bounds: Sequence[float]) -> str:
     said = (
         f"{word(model)} is preferred to {model_word(reference)} on {100 * rate:.0f}% of "
-        f"the prompts by {JUDGES[judge]} (95% interval {100 * bounds[0]:.0f} to "
+        f"the prompts by {_judge(judge)} (95% interval {100 * bounds[0]:.0f} to "
         f"{100 * bounds[1]:.0f}%)"
     )
     if bounds[0] <= 0.5 <= bounds[1]:
