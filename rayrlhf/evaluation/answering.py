@@ -1,7 +1,7 @@
 """Answers of one model after another to prompts, by one engine that takes new weights."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from rayrlhf.evaluation.judges import Answer
 from rayrlhf.generation import Engine
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 
+_ANSWERS = 1
+"""Stream of the random numbers of one answer to each prompt."""
 Prompt = tuple[str, list[int]]
 """Its text and its token ids."""
 
@@ -44,8 +46,7 @@ class Answerer:
             self._version += 1
             self._engine.load_weights(weights.items(), self._version)
         else:
-            self._engine = None
-            gc.collect()  # the engine before must leave its memory first
+            self.release()  # the engine before must leave its memory first
             self._engine = self._build(
                 folder,
                 max_length=self._recipe.model.max_length,
@@ -55,6 +56,11 @@ class Answerer:
                 eos_token_id=self._tokenizer.eos_token_id,
             )
         self._folder, self._shapes = folder, shapes
+
+    def release(self) -> None:
+        """Give back the engine's memory, most of a GPU's, to models that are run without it."""
+        self._engine, self._folder = None, ""
+        gc.collect()
 
     def answer(self, prompts: Sequence[Prompt], *, seeds: Sequence[int]) -> list[Answer]:
         """Sample an answer to each prompt; `seeds[i]` alone decides the i-th one's randomness."""
@@ -85,6 +91,19 @@ class Answerer:
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         given = self.answer(repeated, seeds=seeds)
         return [given[start : start + num_samples] for start in range(0, len(given), num_samples)]
+
+
+def answer_prompts(
+    answerer: Answerer, models: Mapping[str, str], prompts: Sequence[Prompt], *, seed: int
+) -> Iterator[tuple[str, list[Answer]]]:
+    """Yield each model's name and its answers, one per prompt, while it is the one loaded.
+
+    Every model has the same random seed for a prompt.
+    """
+    seeds = answer_seeds(seed, _ANSWERS, len(prompts))
+    for name, folder in models.items():
+        answerer.load(folder)
+        yield name, answerer.answer(prompts, seeds=seeds)
 
 
 def answer_seeds(seed: int, stream: int, num: int) -> list[int]:

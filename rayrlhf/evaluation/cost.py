@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import EvaluateConfig, Recipe
 from rayrlhf.data.datasets import Record, read_records
-from rayrlhf.evaluation.answering import Answerer, Prompt, answer_seeds
+from rayrlhf.evaluation.answering import Answerer, Prompt, answer_prompts
 from rayrlhf.evaluation.bootstrap import as_dict
 from rayrlhf.evaluation.few_shot import MODEL, FewShot, as_answers, with_demonstrations
 from rayrlhf.evaluation.hacking import hacking
@@ -25,7 +25,7 @@ from rayrlhf.evaluation.variety import variety
 
 Floats = npt.NDArray[np.float64]
 
-_ANSWERS, _VARIETY = 1, 2  # streams of random numbers
+_VARIETY = 2  # a stream of random numbers
 
 
 @dataclass
@@ -63,10 +63,8 @@ def ask(  # noqa: PLR0913 (models, prompts, demonstrations, and what they are re
 ) -> Asked:
     """Let every model answer every prompt, with the same random seed per prompt for all models."""
     asked = Asked(demonstrations=[_response(record) for record in demonstrations])
-    seeds = answer_seeds(recipe.seed, _ANSWERS, len(prompts))
-    for name, folder in models.items():
-        answerer.load(folder)
-        asked.answers[name] = answerer.answer(prompts, seeds=seeds)
+    for name, given in answer_prompts(answerer, models, prompts, seed=recipe.seed):
+        asked.answers[name] = given
         if cfg.variety is not None:
             asked.repeated[name] = answerer.answer_often(
                 prompts[: cfg.variety.prompts], cfg.variety.samples, stream=_VARIETY
@@ -80,9 +78,11 @@ def ask(  # noqa: PLR0913 (models, prompts, demonstrations, and what they are re
                 room=recipe.model.max_length - cfg.max_response_tokens,
                 seed=recipe.seed,
             )
-            given = answerer.answer(shown.prompts, seeds=seeds)
-            asked.few_shot = as_answers(given, prompts, tokenizer, cfg.few_shot)
+            with_them = {name: models[name]}
+            [(_, prompted)] = answer_prompts(answerer, with_them, shown.prompts, seed=recipe.seed)
+            asked.few_shot = as_answers(prompted, prompts, tokenizer, cfg.few_shot)
             asked.num_demonstrations = shown.counts
+    answerer.release()
     return asked
 
 

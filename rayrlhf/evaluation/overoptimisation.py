@@ -100,9 +100,14 @@ def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)
     """Answer, score and measure; `policies` are PPO's checkpoints by step, `judges` proxy, gold."""
     asked = prompts[: cfg.prompts]
     answerer.load(reference)
-    proxy, gold = _scores(answerer.answer_often(asked, cfg.samples, stream=_BEST_OF_N), judges)
+    samples = answerer.answer_often(asked, cfg.samples, stream=_BEST_OF_N)
+    given = {}
+    for step, folder in policies.items():
+        answerer.load(str(folder))
+        given[step] = answerer.answer_often(asked, cfg.checkpoint_samples, stream=_CHECKPOINTS)
+    answerer.release()
+    proxy, gold = _scores(samples, judges)
     scales = Scale.of(proxy), Scale.of(gold)
-    counts = powers_of_two(cfg.samples)
     best = [
         Point(
             {"n": n},
@@ -110,12 +115,8 @@ def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)
             best_of_n(proxy, scales[0](proxy), n),
             best_of_n(proxy, scales[1](gold), n),
         )
-        for n in counts
+        for n in powers_of_two(cfg.samples)
     ]
-    given = {}
-    for step, folder in policies.items():
-        answerer.load(str(folder))
-        given[step] = answerer.answer_often(asked, cfg.checkpoint_samples, stream=_CHECKPOINTS)
     ppo = []
     base = CausalLMModel.from_pretrained(reference).to(device()).eval()
     for step, groups in given.items():

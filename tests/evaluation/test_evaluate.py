@@ -233,6 +233,7 @@ def test_what_rlhf_costs(
     (step / "manifest.json").write_text("{}")
     (run_dir / "ppo" / "checkpoints" / "step-00000020").mkdir()  # half-written
     evaluate(recipe)
+    assert fake_engine.built == 2  # its memory is given back before models run without it
     found = json.loads((run_dir / "evaluation" / "results.json").read_text())
 
     assert found["few_shot"]["mean_demonstrations"] == 2.0
