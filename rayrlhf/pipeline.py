@@ -11,11 +11,13 @@ from pathlib import Path
 import yaml
 
 from rayrlhf import console, lineage, metrics, session
-from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError
+from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError, judge_key
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
+from rayrlhf.external import functions
+from rayrlhf.external.endpoints import authorization
 from rayrlhf.rl.layout import plan
-from rayrlhf.rl.reward_function import check_functions, place_of
+from rayrlhf.rl.reward_function import check_functions
 
 SHOWN = {
     "pretrain": {"loss": "loss", "learning_rate": "lr", "tokens_per_s": "tok/s"},
@@ -44,6 +46,7 @@ def prepare(recipe: Recipe) -> None:
     """
     require_reward_model(recipe)
     check_functions(recipe)
+    check_judges(recipe)
     check_models(recipe)
     builtin.prepare(recipe)
     session.connect(recipe)
@@ -83,13 +86,27 @@ def require_reward_model(recipe: Recipe) -> None:
             )
 
 
+def check_judges(recipe: Recipe) -> None:
+    """Raise RecipeError for a function of `evaluate.judges` that does not load, or a missing key.
+
+    Whether an endpoint answers is asked when the evaluation begins: it need not be up before.
+    """
+    for index, judge in enumerate(recipe.evaluate.judges if recipe.evaluate else ()):
+        if judge.function is not None:
+            functions.check(judge_key(index, judge), functions.place_of(judge.function))
+        if judge.url is not None:
+            authorization(judge_key(index, judge), judge.key_env)
+
+
 def check_models(recipe: Recipe) -> None:
     """Read the head of every model that the recipe names: its config, and its vocabulary.
 
     Raises RecipeError when one cannot be read, or the tokenizer that is named does not fit it.
+    Models of `evaluate` have tokenizers of their own, which the evaluation looks at.
     """
     inits = {f"{stage}.init": _init(recipe, stage) for stage in TRAINED_STAGES}
-    models = {"model.path": recipe.model.path, **inits, **_named_rewards(recipe)}
+    guests = _battle_models(recipe)
+    models = {"model.path": recipe.model.path, **inits, **_named_rewards(recipe), **guests}
     named = {
         key: builtin.resolve(name)
         for key, name in models.items()
@@ -108,7 +125,7 @@ def check_models(recipe: Recipe) -> None:
     for key, path in named.items():
         try:
             config = load_config(path)
-            if tokenizer is not None:
+            if tokenizer is not None and key not in guests:
                 check_vocabulary(tokenizer, config.vocab_size)
         except RecipeError as error:
             raise RecipeError(f"{key}: {error}") from None
@@ -208,7 +225,7 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "ppo":
         files |= _scoring_files(recipe)
     if stage == "evaluate" and recipe.evaluate is not None:
-        files |= _gold_files(recipe.evaluate)
+        files |= _gold_files(recipe.evaluate) | _battle_files(recipe)
     return lineage.inputs(recipe, stage, files) | data
 
 
@@ -239,7 +256,38 @@ def _scoring_files(recipe: Recipe) -> dict[str, Path]:
     }
     for index, reward in enumerate(recipe.ppo.rewards):
         if reward.function is not None:
-            places[f"ppo.rewards.{index}.function"] = place_of(reward.function).rpartition(":")[0]
+            places[f"ppo.rewards.{index}.function"] = functions.place_of(
+                reward.function
+            ).rpartition(":")[0]
+    files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
+    return {key: file for key, file in files.items() if file.exists()}
+
+
+def _battle_models(recipe: Recipe) -> dict[str, str]:
+    """Return the models that fight or judge in the evaluation alone, by their key in the recipe."""
+    if recipe.evaluate is None:
+        return {}
+    fighting = {f"evaluate.models.{name}": path for name, path in recipe.evaluate.models.items()}
+    judging = {
+        f"evaluate.judges.{index}.model": judge.model
+        for index, judge in enumerate(recipe.evaluate.judges)
+        if judge.model is not None
+    }
+    return fighting | judging
+
+
+def _battle_files(recipe: Recipe) -> dict[str, Path]:
+    """Return who fights and judges in the evaluation, where it is local and of no stage."""
+    assert recipe.evaluate is not None
+    places = {
+        key: name
+        for key, name in _battle_models(recipe).items()
+        if not _is_written_here(recipe, name)
+    }
+    for index, judge in enumerate(recipe.evaluate.judges):
+        if judge.function is not None:
+            file = functions.place_of(judge.function).rpartition(":")[0]
+            places[f"evaluate.judges.{index}.function"] = file
     files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
     return {key: file for key, file in files.items() if file.exists()}
 

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rayrlhf"
 ORDER = (
-    ("config", "metrics", "console", "lineage", "run_dir", "algorithms"),
+    ("config", "metrics", "console", "lineage", "run_dir", "external", "algorithms"),
     ("session",),
     ("data", "models", "generation"),
     ("training", "evaluation"),
@@ -25,6 +25,7 @@ NEVER = {
     "run_dir": {"torch", "ray"},
     "console": {"torch", "ray"},
     "lineage": {"torch", "ray"},
+    "external": {"torch", "ray"},
     "algorithms": {"ray", "transformers"},
     "data": {"rayrlhf.models", "rayrlhf.training", "rayrlhf.rl", "vllm"},
     "models": {"ray", "rayrlhf.data", "rayrlhf.training", "deepspeed", "vllm"},

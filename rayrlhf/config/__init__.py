@@ -9,6 +9,7 @@ from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, So
 from rayrlhf.config.cost import FewShotConfig, OveroptimisationConfig, VarietyConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.judges import JudgeConfig, api_url, judge_key
 from rayrlhf.config.kl import KLConfig
 from rayrlhf.config.label import ArenaConfig, LabelConfig, SampleConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
@@ -53,6 +54,7 @@ __all__ = [
     "Filter",
     "Fraction",
     "GoldConfig",
+    "JudgeConfig",
     "KLConfig",
     "LabelConfig",
     "LoraConfig",
@@ -82,7 +84,9 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "VarietyConfig",
+    "api_url",
     "backoff_s",
+    "judge_key",
     "key_of",
     "load",
     "parse",

@@ -1,6 +1,11 @@
 """The comparison of the stages."""
 
+from typing import Self
+
+from pydantic import model_validator
+
 from rayrlhf.config.cost import FewShotConfig, OveroptimisationConfig, VarietyConfig
+from rayrlhf.config.judges import JudgeConfig, check_contestants, check_judges
 from rayrlhf.config.section import Positive, PositiveFloat, Section
 
 
@@ -28,3 +33,14 @@ class EvaluateConfig(Section):
     overoptimisation: OveroptimisationConfig | None = None
     """Proxy against gold reward; `{}` takes the defaults. It takes minutes: PPO's checkpoints and
     best-of-n answer some thousand prompts."""
+    models: dict[str, str] = {}
+    """Further models for the battles: name -> folder, hub name or `builtin:` name, each with a
+    tokenizer of its own. Prompts with `messages` are put to it in its own chat template."""
+    judges: tuple[JudgeConfig, ...] = ()
+    """Judges of the battles beside VADER and the run's own reward model."""
+
+    @model_validator(mode="after")
+    def _battles_fit(self) -> Self:
+        check_contestants(self.models)
+        check_judges(self.judges)
+        return self

@@ -156,24 +156,36 @@ def _one_kind(place: str, reward: RewardSource) -> None:
 
 
 def _can_be_read(place: str, reward: RewardSource) -> None:
-    function = r"(.*\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_]\w*"
-    if reward.function is not None and not re.fullmatch(function, reward.function):
-        raise ValueError(
-            f"{place}.function={reward.function}: write package.module:name or path/to/file.py:name"
+    if reward.function is not None:
+        check_function(place, reward.function)
+    if reward.url is not None:
+        check_url(
+            place,
+            reward.url,
+            secret="them into a header, and the header into the variable of headers_env",
         )
-    if reward.url is None:
-        return
+
+
+def check_function(place: str, function: str) -> None:
+    """Raise ValueError for a function's place that is none; `place` is its section."""
+    name = r"(.*\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_]\w*"
+    if not re.fullmatch(name, function):
+        raise ValueError(
+            f"{place}.function={function}: write package.module:name or path/to/file.py:name"
+        )
+
+
+def check_url(place: str, address: str, *, secret: str) -> None:
+    """Raise ValueError for a URL that is none, or holds a password; `secret` is where to put it."""
     try:
-        url = urlsplit(reward.url)
+        url = urlsplit(address)
         is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # a port that is none
         is_address = False
     if not is_address:
-        raise ValueError(
-            f"{place}.url={reward.url}: write http://HOST:PORT/PATH or https://HOST/PATH"
-        )
+        raise ValueError(f"{place}.url={address}: write http://HOST:PORT/PATH or https://HOST/PATH")
     if url.username is not None or url.password is not None:
         raise ValueError(
             f"{place}.url for {url.hostname} has a name or password, which every log would show: "
-            "put them into a header, and the header into the variable of headers_env"
+            f"put {secret}"
         )

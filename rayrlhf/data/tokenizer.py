@@ -61,12 +61,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     folder = recipe.path / "tokenizer"
     source = source_of(recipe)
     if source is not None and origin_of(folder) != source:
-        save_tokenizer(_load(builtin.resolve(source)), folder, origin=source)
+        save_tokenizer(read_tokenizer(builtin.resolve(source)), folder, origin=source)
     if not (folder / "tokenizer_config.json").is_file():
         raise RecipeError(
             f"{folder}: no tokenizer yet: run `rayrlhf corpus` first, or set tokenizer.path"
         )
-    return _load(str(folder))
+    return read_tokenizer(str(folder))
 
 
 def source_of(recipe: Recipe) -> str | None:
@@ -117,18 +117,18 @@ def origin_of(folder: Path) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["origin"])
 
 
-def _load(path: str) -> PreTrainedTokenizerFast:
+def read_tokenizer(path: str, *, fix: str = "correct tokenizer.path") -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer of a folder or hub name; RecipeError, with `fix`, without one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{path}: no tokenizer can be loaded from here "
-            f"({str(error).splitlines()[0]}): correct tokenizer.path"
+            f"{path}: no tokenizer can be loaded from here ({str(error).splitlines()[0]}): {fix}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(
-            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer: choose a "
-            "tokenizer.path with a tokenizer.json"
+            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer, one with a "
+            f"tokenizer.json: {fix}"
         )
     if tokenizer.eos_token_id is None:
         raise RecipeError(

@@ -33,7 +33,7 @@ _RATINGS_JUDGE = "vader"
 
 
 def compare_answers(
-    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *, reference: str, seed: int
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], *, reference: str
 ) -> dict[str, Any]:
     """Return what follows from the words and the scores: win rates, ratings, distinct-2, lengths.
 
@@ -41,14 +41,12 @@ def compare_answers(
     """
     rates = {
         model: {
-            judge: win_rate(by_model[model], by_model[reference], seed=seed)
+            judge: win_rate(by_model[model], by_model[reference])
             for judge, by_model in scores.items()
         }
         for model in answers
     }
-    rated = ratings(
-        {m: list(s) for m, s in scores[_RATINGS_JUDGE].items()}, anchor=reference, seed=seed
-    )
+    rated = ratings(scores[_RATINGS_JUDGE], anchor=reference)
     num = {model: len(given) for model, given in answers.items()}
     return {
         "judges": list(scores),

@@ -112,7 +112,7 @@ def measure(
             "demonstrations": cfg.few_shot.demonstrations,
             "mean_demonstrations": float(np.mean(asked.num_demonstrations)),
             "win_rate": {
-                judge: as_dict(win_rate(values, scores[judge][reference], seed=seed))
+                judge: as_dict(win_rate(values, scores[judge][reference]))
                 for judge, values in found.items()
             },
         }

@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf import console, lineage, metrics
 from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
-from rayrlhf.data.datasets import Record, encode_prompts, fitting_prompts, read_records
+from rayrlhf.data.datasets import Record, encode_prompt, fitting_prompts, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.evaluation import cost, plots, report
-from rayrlhf.evaluation.answering import Answerer, Prompt
+from rayrlhf.evaluation.answering import Answerer, Prompt, answer_prompts
+from rayrlhf.evaluation.battles import Battles
+from rayrlhf.evaluation.battles_section import summary_table
 from rayrlhf.evaluation.comparison import (
     compare_answers,
     compare_models,
@@ -40,7 +42,7 @@ from rayrlhf.evaluation.held_out import (
     held_out_rows,
     rated_texts,
 )
-from rayrlhf.evaluation.judges import Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
 from rayrlhf.evaluation.overoptimisation import checkpoints, gold_folder, overoptimisation
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
@@ -59,15 +61,19 @@ def evaluate(recipe: Recipe) -> Path:
     models = models_of(recipe)
     tokenizer = load_tokenizer(recipe)
     max_length = recipe.model.max_length
-    prompts = choose_prompts(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
+    chosen = choose_records(read_records(cfg.prompts, "prompt"), tokenizer, recipe, cfg)
+    prompts = as_prompts(chosen, tokenizer)
     texts = rated_texts(read_records(cfg.comparisons, "comparison"), tokenizer, max_length)
+    tokens_per_batch = cfg.batch_size * max_length
+    battles = Battles(recipe, tokenizer, chosen, tokens_per_batch=tokens_per_batch)
 
     _say(f"{len(prompts)} prompts, answered by {', '.join(models)}")
     answerer = Answerer(Engine, tokenizer, recipe, cfg)
     demonstrations = cost.demonstrations_of(recipe)
     asked = cost.ask(models, prompts, demonstrations, answerer, tokenizer, recipe, cfg)  # 1
     answers = asked.answers
-    tokens_per_batch = cfg.batch_size * max_length
+    guests = battles.answers(prompts, _answer)
+    asked.answers = answers | guests
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
     _say(
         f"{sum(map(len, answers.values()))} answers, judged by {', '.join(j.name for j in judges)}"
@@ -77,7 +83,7 @@ def evaluate(recipe: Recipe) -> Path:
         for judge in judges
     }
     results = _about(recipe, cfg, models, len(prompts))
-    results |= compare_answers(answers, scores, reference=results["reference"], seed=recipe.seed)
+    results |= compare_answers(answers, scores, reference=results["reference"])
     results |= cost.measure(
         asked,
         judges,
@@ -86,6 +92,7 @@ def evaluate(recipe: Recipe) -> Path:
         trained=[name for name in MODELS if name in models][-1],
         recipe=recipe,
     )
+    results["battles"] = battles.fight(asked.answers, judges, scores, anchor=results["reference"])
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "
@@ -154,13 +161,13 @@ def models_of(recipe: Recipe) -> dict[str, str]:
     return {"base": base, **models}
 
 
-def choose_prompts(
+def choose_records(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     cfg: EvaluateConfig,
-) -> list[Prompt]:
-    """Return text and token ids of `num_prompts` prompts in an order that the seed decides."""
+) -> list[Record]:
+    """Return `num_prompts` prompts that leave room for an answer, in an order of the seed."""
     room = recipe.model.max_length - cfg.max_response_tokens
     if room < 1:
         raise RecipeError(
@@ -170,11 +177,32 @@ def choose_prompts(
         )
     fitting = fitting_prompts(records, tokenizer, room)
     order = np.random.default_rng(recipe.seed).permutation(len(fitting))[: cfg.num_prompts]
-    chosen = [fitting[i] for i in order]
+    return [fitting[i] for i in order]
+
+
+def as_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """Return text and token ids of prompts."""
     return [
-        (record["messages"][-1]["content"] if "messages" in record else record["prompt"], ids)
-        for record, ids in zip(chosen, encode_prompts(chosen, tokenizer, room), strict=True)
+        (
+            record["messages"][-1]["content"] if "messages" in record else record["prompt"],
+            encode_prompt(record, tokenizer),
+        )
+        for record in records
     ]
+
+
+def _answer(
+    models: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    cfg: EvaluateConfig,
+) -> dict[str, list[Answer]]:
+    """Let models from outside the run answer, with the random seeds of the run's own."""
+    answerer = Answerer(Engine, tokenizer, recipe, cfg)
+    answers = dict(answer_prompts(answerer, models, prompts, seed=recipe.seed))
+    answerer.release()
+    return answers
 
 
 def _overoptimisation(  # noqa: PLR0913 (what answers, what is asked, and what judges)
@@ -314,6 +342,8 @@ def summary(results: Mapping[str, Any]) -> str:
     ]
     wins = [f"wins by {JUDGES[judge].removeprefix('the ')}" for judge in results["judges"]]
     shown = console.table(("model", *wins, "KL (nats)", "entropy", "distinct-2", "rating"), rows)
+    if len(results["battles"]["models"]) > 1:
+        shown += "\n\n" + summary_table(results["battles"])
     if results["reward_model"]:
         shown += "\n\n" + console.table(
             ("reward model on", "pair accuracy", "one human", "VADER", "Pearson r"),

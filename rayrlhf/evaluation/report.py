@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.evaluation.battles_section import battles_section
 from rayrlhf.evaluation.cells import definitions, duration, number, table
 from rayrlhf.evaluation.corpus_section import corpus_section
 from rayrlhf.evaluation.cost_section import (
@@ -32,6 +33,8 @@ MEASURES = {
     "PPO maximises, so a win by it alone proves little.",
     "rating": "Bradley-Terry strength on Elo's scale, from the battles of all models on the same "
     "prompts: 400 points are odds of 10 to 1.",
+    "at equal lengths": "length-controlled win rate (AlpacaEval 2): a regression of wins on the "
+    "difference of lengths in characters, read where there is none.",
     "KL": "how far a model is from the reference, in nats per response, measured on the model's "
     "own responses.",
     "entropy": "of the model's next-token distribution at the tokens of its own responses, in "
@@ -89,6 +92,7 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 <div class="tiles">{_tiles(results)}</div>
 </header>
 <section><h2>The models</h2>{_models_table(results)}</section>
+{battles_section(results)}
 {reward_section(results)}
 {variety_section(results)}
 {tax_section(results)}
@@ -223,7 +227,7 @@ def _models_table(results: Results) -> str:
         rows.append(cells)
     return table(header, rows, f"The models, compared with {MODELS[reference]}") + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
-        "small figures are 95% intervals (bootstrap over prompts).</p>"
+        "small figures are 95% intervals, with the prompt as the unit.</p>"
     )
 
 

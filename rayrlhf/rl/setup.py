@@ -11,9 +11,9 @@ from rayrlhf.config import PPOConfig, Recipe, RecipeError, Role, key_of
 from rayrlhf.data import builtin, encoded
 from rayrlhf.data.datasets import batch_indices
 from rayrlhf.data.tokenizer import check_vocabulary
+from rayrlhf.external.functions import place_of
 from rayrlhf.models import lora
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.reward_function import place_of
 from rayrlhf.training.checkpoint import STATE_DIR
 
 

@@ -125,6 +125,42 @@ def _results() -> dict[str, Any]:
         "samples": [{"prompt": "Say <i>it</i>", "answers": dict.fromkeys(MODELS, answer)}],
         "seconds": {"pretrain": 100.0, "sft": 20.0, "evaluate": 30.0},
         "corpus": _corpus(),
+        "battles": _battles([*MODELS, "gpt-x"]),
+    }
+
+
+def _battles(models: list[str]) -> dict[str, Any]:
+    """Battles of models of and outside the run, before a score and a language model."""
+    one = {
+        "kind": "score",
+        "num_battles": 200,
+        "tie_share": 0.12,
+        "win_rate": {a: {b: 0.57 for b in models if b != a} for a in models},
+        "win_rate_interval": {a: {b: [0.46, 0.68] for b in models if b != a} for a in models},
+        "ratings": {
+            m: {"elo": 1000.0 + 11 * n, "low": 990.0, "high": 1077.0} for n, m in enumerate(models)
+        },
+        "length_controlled_win_rate": {
+            m: {"value": 0.43, "low": 0.31, "high": 0.54, "length_coefficient": 1.2}
+            for m in models
+            if m != "sft"
+        },
+    }
+    positions = {
+        "asked": 190,
+        "undecided": 3,
+        "inconsistent": 39,
+        "first_wins": 120,
+        "second_wins": 80,
+        "inconsistent_share": 0.21,
+        "first_share": 0.6,
+    }
+    return {
+        "models": models,
+        "anchor": "sft",
+        "num_prompts": 20,
+        "mean_length": dict.fromkeys(models, 123.0),
+        "judges": {"vader": one, "big-llm": {**one, "kind": "llm", "positions": positions}},
     }
 
 

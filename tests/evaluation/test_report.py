@@ -79,6 +79,7 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
     assert set(by_name) == {
         "win_rate",
         "overoptimisation",
+        "ratings",
         "reward_against_kl",
         "reward_model",
         "calibration",
@@ -143,6 +144,24 @@ def test_every_table_has_a_caption_and_headers(results: Results) -> None:
         assert body.count("<tr>") == body.count('<tr><th scope="row">') > 0
 
 
+def test_battles_have_ratings_pairs_lengths_and_positions(
+    results: Results, drawn: list[Figure]
+) -> None:
+    text = _parse(render(results, [], recipe_yaml="")).text
+    for word in (
+        "rating, big-llm",
+        "1044990 to 1077",
+        "43%31 to 54",
+        "against gpt-x",
+        "57%46 to 68",
+        "190 were asked about in both orders; in 21% the verdict changed with the order, and 60%",
+        "3 got no verdict and are left out.",
+    ):
+        assert word in text
+    caption = next(figure.caption for figure in drawn if figure.name == "ratings")
+    assert "By big-llm, gpt-x is rated highest." in caption
+
+
 def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> None:
     for key in (
         "models",
@@ -170,6 +189,7 @@ def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> N
     results |= {"judges": ["vader"], "reward_model_calibration": [], **nothing}
     for model in ("dpo", "ppo"):
         results["samples"][0]["answers"].pop(model)
+    results["battles"]["models"] = ["sft"]
     drawn = figures(results, {"sft": curves["sft"]})
     assert {figure.name for figure in drawn} == {"win_rate", "entropy", "training_sft"}
     page = render(results, drawn, recipe_yaml="")
@@ -212,6 +232,7 @@ def test_one_model_alone_makes_a_report(results: Results) -> None:
         "reward_model_pooled": {},
         "intervals": {"win_rate_vs_base": {"base": {"vader": [0.5, 0.5]}}},
         "reward_model_calibration": [],
+        "battles": {"models": ["base"], "judges": {}},
     }
     assert figures(results, {}) == []
     _parse(render(results, [], recipe_yaml=""))

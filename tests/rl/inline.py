@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rayrlhf.config import PPOConfig
 from rayrlhf.data.rows import write_shard
+from rayrlhf.external.functions import place_of
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm
-from rayrlhf.rl.reward_function import place_of
 from rayrlhf.rl.scoring import RewardWorker
 
 EOS, PAD = 0, 1

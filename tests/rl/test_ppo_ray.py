@@ -20,8 +20,8 @@ from rayrlhf.metrics import read_jsonl
 from rayrlhf.models import lora
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training.checkpoint import is_complete
+from tests.external.scorer import Scorer, lengths, serving
 from tests.rl.inline import engine_model
-from tests.rl.scorer import Scorer, lengths, serving
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

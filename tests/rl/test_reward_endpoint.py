@@ -11,21 +11,23 @@ import pytest
 import torch
 
 from rayrlhf.config import RecipeError, RewardSource
-from rayrlhf.rl import groups, reward_endpoint, scoring
+from rayrlhf.external import endpoints
+from rayrlhf.external.endpoints import EndpointDown
+from rayrlhf.rl import groups, scoring
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.reward_endpoint import EndpointDown, EndpointScorer
+from rayrlhf.rl.reward_endpoint import EndpointScorer
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker, as_scores
 from rayrlhf.rl.waiting import share
+from tests.external.scorer import Answer, Scorer, lengths, serving
 from tests.rl.inline import PROMPTS, InlineHandle, SmallEngine
-from tests.rl.scorer import Answer, Scorer, lengths, serving
 
 Make = Callable[..., RoleSettings]
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_endpoint, "backoff_s", lambda attempt: 0.01 * 2**attempt)
+    monkeypatch.setattr(endpoints, "backoff_s", lambda attempt: 0.01 * 2**attempt)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 

@@ -6,6 +6,7 @@ Each figure is drawn twice from the same numbers, on a light and on a dark groun
 from collections.abc import Mapping
 from typing import Any
 
+from rayrlhf.evaluation.plots.battles import ratings
 from rayrlhf.evaluation.plots.canvas import Figure, Records
 from rayrlhf.evaluation.plots.models import entropy
 from rayrlhf.evaluation.plots.overoptimisation import overoptimisation
@@ -22,6 +23,7 @@ def figures(results: Mapping[str, Any], curves: Mapping[str, Records]) -> list[F
     drawn = [
         win_rates(results),
         overoptimisation(results),
+        ratings(results),
         reward_against_kl(curves.get("ppo", ())),
         reward_model(results),
         calibration(results),

@@ -7,8 +7,8 @@ import pytest
 
 from rayrlhf import pipeline
 from rayrlhf.config import RecipeError, parse
-from rayrlhf.rl import reward_function
-from rayrlhf.rl.reward_function import check, load, place_of
+from rayrlhf.external import functions
+from rayrlhf.external.functions import check, load, place_of
 
 KEY = "ppo.rewards.0.function=x"
 
@@ -77,7 +77,7 @@ def test_the_driver_checks_in_another_process(tmp_path: Path) -> None:
 
 
 def test_an_import_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_function, "IMPORT_S", 0.5)
+    monkeypatch.setattr(functions, "IMPORT_S", 0.5)
     file = write(tmp_path, "import time\ntime.sleep(60)\n")
     with pytest.raises(RecipeError, match=r"its import is not done after 0\.5 s"):
         check(KEY, f"{file}:score")
