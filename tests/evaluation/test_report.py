@@ -129,6 +129,8 @@ def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
     results["battles"] = {"judges": {"a judge of its own": table}}
     figure = win_rates(results)
     assert figure is not None
+    results["variety"]["<guest>"] = {"distinct_1": {"value": 0.987, "low": 0.9, "high": 1.0}}
+    assert "<guest>–0.99" in _parse(render(results, [], recipe_yaml="")).text
     said = "PPO-ptx is preferred to SFT on 60% of the prompts by a judge of its own"
     assert said in figure.caption
 
