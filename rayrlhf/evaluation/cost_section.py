@@ -146,24 +146,29 @@ def hacking_section(results: Results) -> str:
     meaning = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
     trained = MODELS[found["trained"]]
     judge = JUDGES[found["judge"]]
-    shown = _cards(f"Largest gains of {trained} by {judge}", found["gains"]) + _cards(
-        f"Answers of {trained} that a rule marks", found["marked"]
+    reference = MODELS[results["reference"]]
+    shown = "".join(
+        _cards(title, found[key], reference)
+        for title, key in (
+            (f"Largest gains of {trained} by {judge}", "gains"),
+            (f"Answers of {trained} that a rule marks", "marked"),
+        )
     )
     return (
         "<section><h2>What looks hacked</h2>"
         + table(["model", *rules, "any rule"], rows, "Share of the answers that each rule marks")
-        + f'<p class="note">A rule marks, it proves nothing: compare with {_reference(results)}, '
+        + f'<p class="note">A rule marks, it proves nothing: compare with {escape(reference)}, '
         f"which no reward shaped. {escape(meaning[0].upper() + meaning[1:])}.</p>{shown}</section>"
     )
 
 
-def _cards(title: str, samples: Sequence[Mapping[str, Any]]) -> str:
+def _cards(title: str, samples: Sequence[Mapping[str, Any]], reference: str) -> str:
     if not samples:
         return ""
     cards = "".join(
         answer_card(
             sample,
-            f"reward {sample['gain']:+.2f}"
+            f"score {sample['gain']:+.2f} against {reference}"
             + (f"; marked: {', '.join(sample['rules'])}" if sample["rules"] else ""),
         )
         for sample in samples
@@ -199,7 +204,3 @@ def answer_card(sample: Mapping[str, Any], note: str = "") -> str:
 def _ordered(models: Iterable[str]) -> list[str]:
     """The models in the order of the training, those from outside the run behind them."""
     return sorted(models, key=lambda model: [*MODELS, model].index(model))
-
-
-def _reference(results: Results) -> str:
-    return escape(MODELS[results["reference"]])

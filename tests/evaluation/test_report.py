@@ -114,7 +114,7 @@ def test_page_says_what_length_and_an_ensemble_have_to_do_with_it(results: Resul
 def test_page_says_what_rlhf_costs(results: Results) -> None:
     page = render(results, [], recipe_yaml="")
     text = _parse(page).text
-    for word in ("41.5", "39.0 to 44.0", "+0.125", "-0.250", "2 (peak)", "12.5%", "reward +2.25"):
+    for word in ("41.5", "39.0 to 44.0", "+0.125", "-0.250", "2 (peak)", "12.5%", "score +2.25"):
         assert word in text
     assert "marked: repetition" in text and "one <word> often" in text
     results |= {"overoptimisation": None}
