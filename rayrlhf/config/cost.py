@@ -15,7 +15,7 @@ class FewShotConfig(Section):
 
     demonstrations: Positive = 4
     """k: drawn by the seed, anew for every prompt; as many of them as fit before it."""
-    separator: str | None = "\n\n"
+    separator: Annotated[str, Field(min_length=1)] | None = "\n\n"
     """Between two demonstrations, and where the answer is cut; null is the end-of-text token, with
     which a corpus of such texts was packed."""
 

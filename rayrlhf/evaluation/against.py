@@ -127,23 +127,15 @@ def _costs(results: Results) -> Iterator[tuple[Key, Measured]]:
 
 
 def render(here: Results, there: Results, found: Mapping[Key, Difference], other: str) -> str:
-    """Return the page: one table, in the style of the report, without anything from outside."""
+    """Return the page: a table per measure, in the report's style, without outside assets."""
     names = escape(str(here["name"])), escape(str(there["name"]))
-    rows = [
-        [
-            f"<b>{escape(name)}</b>",
-            escape(MODELS.get(of, of)),
-            *[_cell(measured) for measured in (row.here, row.there)],
-            number(
-                row.value,
-                3,
-                more="" if row.bounds is None else f"{row.bounds[0]:+.3f} to {row.bounds[1]:+.3f}",
-            ),
-            "yes" if row.is_clear else "no" if row.bounds is not None else number(None),
-        ]
-        for (name, of), row in found.items()
-    ]
-    header = ["measure", "of", names[0], names[1], "difference", "clear"]
+    by_measure: dict[str, list[list[str]]] = {}
+    for (name, of), row in found.items():
+        by_measure.setdefault(name, []).append(_row(of, row))
+    tables = "".join(
+        table(["of", "difference", str(here["name"]), str(there["name"])], rows, name)
+        for name, rows in by_measure.items()
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -159,20 +151,30 @@ def render(here: Results, there: Results, found: Mapping[Key, Difference], other
 <h1>{names[0]} against {names[1]}</h1>
 <p>What both runs measured; the other run is {escape(other)}. Small figures are 95% intervals. That
 of a difference takes the runs for independent: where they answered the same prompts, it is wider
-than it need be. A difference is clear where its interval leaves out 0.</p>
+than it need be. A bold difference is clear: its interval leaves out 0.</p>
 </header>
-<section><h2>Differences</h2>{table(header, rows, "Every figure of both runs, and the difference")}
-</section>
+<section><h2>Differences</h2>{tables}</section>
 </main>
 </body>
 </html>
 """
 
 
-def _cell(measured: Measured) -> str:
+def _row(of: str, row: Difference) -> list[str]:
+    digits = 0 if abs(row.here.value) >= 100 else 3
+    more = "" if row.bounds is None else "{:+.{d}f} to {:+.{d}f}".format(*row.bounds, d=digits)
+    change = number(row.value, digits, more=more)
+    return [
+        f"<b>{escape(MODELS.get(of, of))}</b>",
+        f"<b>{change}</b>" if row.is_clear else change,
+        *[_cell(measured, digits) for measured in (row.here, row.there)],
+    ]
+
+
+def _cell(measured: Measured, digits: int) -> str:
     bounds = measured.bounds
-    more = "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
-    return number(measured.value, 3, more=more)
+    more = "" if bounds is None else f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
+    return number(measured.value, digits, more=more)
 
 
 def _terminal_table(found: Mapping[Key, Difference]) -> str:

@@ -1,6 +1,6 @@
 """The report's sections on what RLHF costs: variety, held-out loss, gold reward, hacked answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -25,11 +25,12 @@ def variety_section(results: Results) -> str:
     measures = [key for key in VARIETY if any(key in row for row in results["variety"].values())]
     samples = results["variety_samples"]
     rows = []
-    for model in _models(results):
-        low, high = results["entropy_intervals"][model]
+    for model in _ordered(results["variety"]):
+        nats = results["entropy_nats_per_token"].get(model)
+        low, high = results["entropy_intervals"].get(model, (0.0, 0.0))
         cells = [
-            f"<b>{escape(MODELS[model])}</b>",
-            number(results["entropy_nats_per_token"][model], 2, more=f"{low:.2f} to {high:.2f}"),
+            f"<b>{escape(MODELS.get(model, model))}</b>",
+            number(nats, more=f"{low:.2f} to {high:.2f}"),
         ]
         for key in measures:
             found = results["variety"][model].get(key)
@@ -81,8 +82,7 @@ def tax_section(results: Results) -> str:
                 for source in sources
             ],
         ]
-        for model in _models(results)
-        if model in losses
+        for model in _ordered(losses)
     ]
     return (
         "<section><h2>Alignment tax</h2>"
@@ -135,42 +135,46 @@ def hacking_section(results: Results) -> str:
     rules = found["rules"]
     rows = [
         [
-            f"<b>{escape(MODELS[model])}</b>",
+            f"<b>{escape(MODELS.get(model, model))}</b>",
             *[
                 number(found["shares"][model][rule], 1, scale=100, unit="%")
                 for rule in (*rules, "any")
             ],
         ]
-        for model in _models(results)
+        for model in _ordered(found["shares"])
     ]
     meaning = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
     trained = MODELS[found["trained"]]
     judge = JUDGES[found["judge"]]
-    shown = _cards(
-        f"Largest gains of {trained} by {judge}", found["gains"], open_at_start=False
-    ) + _cards(f"Answers of {trained} that a rule marks", found["marked"], open_at_start=False)
+    reference = MODELS[results["reference"]]
+    shown = "".join(
+        _cards(title, found[key], reference)
+        for title, key in (
+            (f"Largest gains of {trained} by {judge}", "gains"),
+            (f"Answers of {trained} that a rule marks", "marked"),
+        )
+    )
     return (
         "<section><h2>What looks hacked</h2>"
         + table(["model", *rules, "any rule"], rows, "Share of the answers that each rule marks")
-        + f'<p class="note">A rule marks, it proves nothing: compare with {_reference(results)}, '
+        + f'<p class="note">A rule marks, it proves nothing: compare with {escape(reference)}, '
         f"which no reward shaped. {escape(meaning[0].upper() + meaning[1:])}.</p>{shown}</section>"
     )
 
 
-def _cards(title: str, samples: Sequence[Mapping[str, Any]], *, open_at_start: bool) -> str:
+def _cards(title: str, samples: Sequence[Mapping[str, Any]], reference: str) -> str:
     if not samples:
         return ""
-    opened = " open" if open_at_start else ""
     cards = "".join(
         answer_card(
             sample,
-            f"reward {sample['gain']:+.2f}"
+            f"score {sample['gain']:+.2f} against {reference}"
             + (f"; marked: {', '.join(sample['rules'])}" if sample["rules"] else ""),
         )
         for sample in samples
     )
     return (
-        f'<details class="card"{opened}><summary>{escape(title)}</summary>'
+        f'<details class="card"><summary>{escape(title)}</summary>'
         f'<div class="cards">{cards}</div></details>'
     )
 
@@ -197,10 +201,6 @@ def answer_card(sample: Mapping[str, Any], note: str = "") -> str:
     )
 
 
-def _models(results: Results) -> list[str]:
-    """The models in the order of the training, others behind them."""
-    return sorted(results["models"], key=lambda m: [*MODELS, m].index(m))
-
-
-def _reference(results: Results) -> str:
-    return escape(MODELS[results["reference"]])
+def _ordered(models: Iterable[str]) -> list[str]:
+    """The models in the order of the training, those from outside the run behind them."""
+    return sorted(models, key=lambda model: [*MODELS, model].index(model))

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rayrlhf.config import FewShotConfig
-from rayrlhf.data.datasets import Record, encode_demonstrations
+from rayrlhf.data.datasets import Record, encode_demonstration
 from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.evaluation.answering import Prompt
 from rayrlhf.evaluation.judges import Answer
@@ -43,7 +43,6 @@ def with_demonstrations(  # noqa: PLR0913 (a prompt, what comes before it, and t
 
     A demonstration that does not fit is passed over for the next one drawn, of 4 k in all.
     """
-    examples = encode_demonstrations(records, tokenizer, room)
     between = (
         [int(tokenizer.eos_token_id)]
         if cfg.separator is None
@@ -52,12 +51,15 @@ def with_demonstrations(  # noqa: PLR0913 (a prompt, what comes before it, and t
     made, counts = [], []
     for number, (text, ids) in enumerate(prompts):
         rng = np.random.default_rng([seed, 3, number])
-        num_drawn = min(len(examples), 4 * cfg.demonstrations)
+        num_drawn = min(len(records), 4 * cfg.demonstrations)
         before: list[int] = []
         count = 0
-        for index in rng.choice(len(examples), size=num_drawn, replace=False):
-            shown = examples[index].ids[:-1] + between  # without its end-of-text
-            if count < cfg.demonstrations and len(before) + len(shown) + len(ids) <= room:
+        for index in rng.choice(len(records), size=num_drawn, replace=False).tolist():
+            example = encode_demonstration(records[index], tokenizer, room)
+            if example is None or count == cfg.demonstrations:
+                continue
+            shown = example.ids[:-1] + between  # without its end-of-text
+            if len(before) + len(shown) + len(ids) <= room:
                 before, count = before + shown, count + 1
         made.append((text, before + ids))
         counts.append(count)

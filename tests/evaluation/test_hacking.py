@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrlhf.evaluation.hacking import hacking, marks
+from rayrlhf.evaluation.hacking import copied_runs, hacking, marks
 from rayrlhf.evaluation.judges import Answer
 
 
@@ -26,9 +26,11 @@ def test_copies() -> None:
     assert marks([answer("of the best", prompt)]) == [[]]
     demonstration = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
     copied = answer("so w2 w3 w4 w5 w6 w7 w8 w9")
-    assert marks([copied], [demonstration]) == [["demonstration copy"]]
+    runs = copied_runs([copied, answer("w2")], [demonstration, "other"])
+    assert runs == {("w2", "w3", "w4", "w5", "w6", "w7", "w8", "w9")}
+    assert marks([copied], runs) == [["demonstration copy"]]
     assert marks([copied]) == [[]]
-    assert marks([answer("w1 w2 w3 w4 w5 w6 w7 and w8")], [demonstration]) == [[]]
+    assert not copied_runs([answer("w1 w2 w3 w4 w5 w6 w7 and w8")], [demonstration])
 
 
 def test_one_answer_to_all() -> None:

@@ -115,7 +115,7 @@ def test_page_says_what_length_and_an_ensemble_have_to_do_with_it(results: Resul
 def test_page_says_what_rlhf_costs(results: Results) -> None:
     page = render(results, [], recipe_yaml="")
     text = _parse(page).text
-    for word in ("41.5", "39.0 to 44.0", "+0.125", "-0.250", "2 (peak)", "12.5%", "reward +2.25"):
+    for word in ("41.5", "39.0 to 44.0", "+0.125", "-0.250", "2 (peak)", "12.5%", "score +2.25"):
         assert word in text
     assert "marked: repetition" in text and "one <word> often" in text
     results |= {"overoptimisation": None}
@@ -130,6 +130,8 @@ def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
     results["battles"] = {"judges": {"a judge of its own": table}}
     figure = win_rates(results)
     assert figure is not None
+    results["variety"]["<guest>"] = {"distinct_1": {"value": 0.987, "low": 0.9, "high": 1.0}}
+    assert "<guest>–0.99" in _parse(render(results, [], recipe_yaml="")).text
     said = "PPO-ptx is preferred to SFT on 60% of the prompts by a judge of its own"
     assert said in figure.caption
 
