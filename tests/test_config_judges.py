@@ -42,8 +42,8 @@ def test_the_address_of_an_api_is_that_of_its_chat_completions() -> None:
         ({"judges": [{"model": "x/reward/final"}]}, "has 'reward' too, and results are kept by"),
         ({"judges": [{"model": "a/x"}, {"model": "b/x"}]}, "evaluate.judges has 'x' twice"),
         (
-            {"judges": [{"modle": "a"}]},
-            "unknown key evaluate.judges.0.modle: did you mean evaluate",
+            {"judges": [{"weight": 1}]},
+            "unknown key evaluate.judges.0.weight: did you mean evaluate",
         ),
         ({"models": {"sft": "acme/x"}}, "evaluate.models has 'sft': a name is made of letters"),
         ({"models": {"a b": "acme/x"}}, "none of base, sft, dpo, ppo, ppo_ptx, the stages of"),

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from rayrlhf.config.rewards import check_function, check_url
+from rayrlhf.config.rewards import check_function, check_kind, check_url
 from rayrlhf.config.section import Positive, PositiveFloat, Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -87,15 +87,7 @@ def check_judges(judges: Sequence[JudgeConfig]) -> None:
     """Raise ValueError for a judge of no or of two kinds, a key without effect, a name twice."""
     for index, judge in enumerate(judges):
         place = f"evaluate.judges.{index}"
-        kinds = [kind for kind in KEYS_OF if vars(judge)[kind] is not None]
-        if len(kinds) != 1:
-            raise ValueError(
-                f"{place} has {' and '.join(kinds) or 'nothing that judges'}: give each judge one "
-                f"of {', '.join(KEYS_OF)}"
-            )
-        for key in sorted({key for keys in KEYS_OF.values() for key in keys}):
-            if key not in KEYS_OF[kinds[0]] and key in judge.model_fields_set:
-                raise ValueError(f"{place}.{key} has no effect with {kinds[0]}: take it out")
+        check_kind(place, judge, KEYS_OF, noun="judge", verb="judges")
         if judge.function is not None:
             check_function(place, judge.function)
         if judge.url is not None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -116,7 +116,8 @@ def key_of(index: int, reward: RewardSource) -> str:
 def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
     """Raise ValueError for a reward of no or of two kinds, a key without effect, a name twice."""
     for index, reward in enumerate(rewards):
-        _one_kind(f"ppo.rewards.{index}", reward)
+        check_kind(f"ppo.rewards.{index}", reward, KEYS_OF, noun="reward", verb="scores")
+        _ensemble_fits(f"ppo.rewards.{index}", reward)
         _can_be_read(f"ppo.rewards.{index}", reward)
         if not reward.is_of_models and reward.patience_s >= deadline_s:
             raise ValueError(
@@ -132,17 +133,26 @@ def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
             raise ValueError(f"{who} the metric {metric}: give each of ppo.rewards a `name`")
 
 
-def _one_kind(place: str, reward: RewardSource) -> None:
-    kinds = [kind for kind in KEYS_OF if vars(reward)[kind] is not None]
+def check_kind(
+    place: str, section: Section, keys_of: Mapping[str, Sequence[str]], *, noun: str, verb: str
+) -> None:
+    """Raise ValueError unless just one key of `keys_of` is set, and no key of another kind.
+
+    `keys_of` are the kinds of what is at `place`, and the keys that each reads.
+    """
+    kinds = [kind for kind in keys_of if vars(section)[kind] is not None]
     if len(kinds) != 1:
         raise ValueError(
-            f"{place} has {' and '.join(kinds) or 'nothing that scores'}: give each reward one of "
-            f"{', '.join(KEYS_OF)}"
+            f"{place} has {' and '.join(kinds) or f'nothing that {verb}'}: give each {noun} one of "
+            f"{', '.join(keys_of)}"
         )
-    for key in sorted({key for keys in KEYS_OF.values() for key in keys}):
-        default = RewardSource.model_fields[key].default
-        if key not in KEYS_OF[kinds[0]] and vars(reward)[key] != default:
+    for key in sorted({key for keys in keys_of.values() for key in keys}):
+        default = type(section).model_fields[key].default
+        if key not in keys_of[kinds[0]] and vars(section)[key] != default:
             raise ValueError(f"{place}.{key} has no effect with {kinds[0]}: take it out")
+
+
+def _ensemble_fits(place: str, reward: RewardSource) -> None:
     if reward.members is not None and reward.std_penalty is None:
         raise ValueError(
             f"{place}.std_penalty is missing: how many standard deviations of the members to "

@@ -2,10 +2,11 @@
 
     1 answer    every model answers the same prompts                      vLLM, one engine
     2 judge     VADER and the reward model score every answer
-    3 compare   win rates, ratings, entropy, distinct-2, KL, held-out loss
+    3 compare   win rates, ratings, battles, entropy, distinct-2, KL, held-out loss
     4 agree     the reward model, VADER and people on the same held-out texts
     5 report    results.json, figures, report.html
 
+Models of `evaluate.models` answer too, and fight; all else is about the stages of the run.
 Everything runs in this one process: at the size of an evaluation no cluster pays off.
 """
 

@@ -89,6 +89,7 @@ def test_the_whole_field_before_every_kind_of_judge(
     with serving(longer) as server:
         recipe = with_battles(
             recipe_of(run_dir, tiny_model),
+            max_response_tokens=4,
             models={"again": str(run_dir / "elsewhere"), "stranger": str(stranger)},
             judges=[
                 {"function": f"{run_dir}/taste.py:brevity"},

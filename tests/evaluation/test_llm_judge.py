@@ -88,6 +88,18 @@ def test_a_win_needs_both_orders() -> None:
     assert positions(BATTLES[:1] * 7, both) == Positions(7, 2, 2, 5, 2)
 
 
+def test_the_swap_cancels_a_liking_for_a_position() -> None:
+    """Equal models before a judge who prefers the first answer in four of five battles."""
+    first = np.random.default_rng(0).random((2, 4000)) < 0.8
+    verdicts = [("A" if one else "B", "A" if two else "B") for one, two in first.T]
+    won = settle(verdicts)
+    assert first[0].mean() == pytest.approx(0.8, abs=0.02)  # one order alone
+    assert won.mean() == pytest.approx(0.5, abs=0.02)
+    counts = positions(BATTLES[:1] * 4000, verdicts)
+    assert counts.first_wins / (counts.first_wins + counts.second_wins) == pytest.approx(0.8, 0.02)
+    assert counts.inconsistent == (won == 0.5).sum()
+
+
 def test_equal_answers_are_a_tie_and_the_same_question_is_asked_once(tmp_path: Path) -> None:
     twice = [Battle("p", "same", "same"), *BATTLES[:1], *BATTLES[:1]]
     with serving(replying(fair)) as server:
