@@ -44,7 +44,7 @@ from rayrlhf.evaluation.held_out import (
     rated_texts,
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
-from rayrlhf.evaluation.overoptimisation import checkpoints, gold_folder, overoptimisation
+from rayrlhf.evaluation.overoptimisation import gold_folder, overoptimisation_of
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
 from rayrlhf.models.folder import load_config
@@ -108,8 +108,13 @@ def evaluate(recipe: Recipe) -> Path:
         tokens_per_batch=tokens_per_batch,
         seed=recipe.seed,
     )
-    results["overoptimisation"] = _overoptimisation(
-        recipe, models[results["reference"]], prompts, answerer, judges, tokenizer
+    results["overoptimisation"] = overoptimisation_of(
+        recipe,
+        models[results["reference"]],
+        prompts,
+        answerer,
+        next((judge for judge in judges if isinstance(judge, RewardJudge)), None),
+        lambda folder: _reward_judge(folder, tokenizer, tokens_per_batch),
     )
     _say(f"agreement with people on {sum(len(rated.texts) for rated in texts.values())} texts")
     results |= compare_with_people(
@@ -204,37 +209,6 @@ def _answer(
     answers = dict(answer_prompts(answerer, models, prompts, seed=recipe.seed))
     answerer.release()
     return answers
-
-
-def _overoptimisation(  # noqa: PLR0913 (what answers, what is asked, and what judges)
-    recipe: Recipe,
-    reference: str,
-    prompts: Sequence[Prompt],
-    answerer: Answerer,
-    judges: Sequence[Judge],
-    tokenizer: PreTrainedTokenizerFast,
-) -> dict[str, Any] | None:
-    """Return proxy and gold reward over KL; None where the recipe does not ask for them."""
-    cfg = recipe.evaluate
-    if cfg is None or cfg.overoptimisation is None:
-        return None
-    steps = len(checkpoints(recipe))
-    _say(f"proxy and gold reward of {steps} checkpoints and of best-of-n")
-    tokens_per_batch = cfg.batch_size * recipe.model.max_length
-    proxy = next(judge for judge in judges if isinstance(judge, RewardJudge))
-    folder = gold_folder(recipe, cfg.overoptimisation)
-    found = overoptimisation(
-        checkpoints(recipe),
-        reference,
-        prompts,
-        answerer,
-        (proxy, _reward_judge(folder, tokenizer, tokens_per_batch)),
-        cfg.overoptimisation,
-        temperature=cfg.temperature,
-        tokens_per_batch=tokens_per_batch,
-        seed=recipe.seed,
-    )
-    return {"gold_model": str(folder), **found}
 
 
 def _judges(

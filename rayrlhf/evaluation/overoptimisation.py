@@ -9,7 +9,7 @@ larger; here people gave both sets of labels, and the gold model has the proxy's
 on top of theirs. What PPO gains by the proxy's own errors the gold model does not see.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rayrlhf import lineage
+from rayrlhf import console, lineage
 from rayrlhf.config import OveroptimisationConfig, Recipe, RecipeError
 from rayrlhf.evaluation.answering import Answerer, Prompt
 from rayrlhf.evaluation.best_of_n import best_of_n, fit, kl_of_best_of_n, powers_of_two
@@ -83,6 +83,38 @@ def checkpoints(recipe: Recipe) -> dict[int, Path]:
         for folder in folders
         if (folder / "manifest.json").is_file()
     }
+
+
+def overoptimisation_of(  # noqa: PLR0913 (who answers what, and two judges)
+    recipe: Recipe,
+    reference: str,
+    prompts: Sequence[Prompt],
+    answerer: Answerer,
+    proxy: RewardJudge | None,
+    judge_in: Callable[[Path], RewardJudge],
+) -> dict[str, Any] | None:
+    """Return the `overoptimisation` of results.json; None where the recipe does not ask for it."""
+    cfg = recipe.evaluate
+    if cfg is None or cfg.overoptimisation is None:
+        return None
+    assert proxy is not None, "Recipe checks that there is a reward model"
+    folder = gold_folder(recipe, cfg.overoptimisation)
+    policies = checkpoints(recipe)
+    console.say(
+        f"{'evaluate':>9} proxy and gold reward of {len(policies)} checkpoints and of best-of-n"
+    )
+    found = overoptimisation(
+        policies,
+        reference,
+        prompts,
+        answerer,
+        (proxy, judge_in(folder)),
+        cfg.overoptimisation,
+        temperature=cfg.temperature,
+        tokens_per_batch=cfg.batch_size * recipe.model.max_length,
+        seed=recipe.seed,
+    )
+    return {"gold_model": str(folder), **found}
 
 
 def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)

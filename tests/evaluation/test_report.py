@@ -122,6 +122,11 @@ def test_page_says_what_rlhf_costs(results: Results) -> None:
     assert "Over-optimisation" not in _parse(render(results, [], recipe_yaml="")).text
 
 
+def test_a_model_of_another_run_stands_in_the_table(results: Results) -> None:
+    results["variety"]["<guest>"] = {"distinct_1": {"value": 0.987, "low": 0.9, "high": 1.0}}
+    assert "<guest>–0.99" in _parse(render(results, [], recipe_yaml="")).text
+
+
 def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
     table = {
         "win_rate": {"ppo_ptx": {"sft": 0.6, "ppo": 0.4}, "sft": {"ppo_ptx": 0.4}},
@@ -130,8 +135,6 @@ def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
     results["battles"] = {"judges": {"a judge of its own": table}}
     figure = win_rates(results)
     assert figure is not None
-    results["variety"]["<guest>"] = {"distinct_1": {"value": 0.987, "low": 0.9, "high": 1.0}}
-    assert "<guest>–0.99" in _parse(render(results, [], recipe_yaml="")).text
     said = "PPO-ptx is preferred to SFT on 60% of the prompts by a judge of its own"
     assert said in figure.caption
 
