@@ -36,13 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     log: Path | None = None
     try:
+        if args.against is not None and args.command != "evaluate":
+            raise RecipeError(
+                f"--against={args.against} compares results, which {args.command} has none of: "
+                "use it with `rayrlhf evaluate`"
+            )
         recipe = run_dir.settle(load(args.recipe, args.overrides))
         # People judge for days, and a run goes on meanwhile.
         part = "label" if args.command == "label" else ""
         with run_dir.held(recipe, part):
             log = recipe.path / part / "log.txt"
             with console.capture(log):
-                return _run(args.command, recipe)
+                code = _run(args.command, recipe)
+                if args.against is not None:
+                    _compare(recipe, args.against)
+                return code
     except RecipeError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)
         return 2
@@ -105,6 +113,12 @@ def _run(command: str, recipe: "Recipe") -> int:
     return 0
 
 
+def _compare(recipe: "Recipe", other: Path) -> None:
+    from rayrlhf.evaluation.against import compare_runs
+
+    compare_runs(recipe.path, other)
+
+
 def _function(stage: str) -> "Callable[[Recipe], Path]":
     """Import and return the function of a stage."""
     if stage == "corpus":
@@ -151,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see configs/")
     parser.add_argument(
         "overrides", metavar="key.sub=value", nargs="*", help="change values of the recipe"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        type=Path,
+        help="evaluate: also write the differences to the results of another run's folder",
     )
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser

@@ -39,6 +39,8 @@ OUTPUTS = {
     "ppo": "ppo/final",
     "evaluate": "evaluation/results.json",
 }
+GOLD = "reward/gold/final"
+"""The reward model of `reward.gold`, which PPO never sees."""
 # What else has to stand for a stage to be complete.
 MORE_OUTPUTS = {"evaluate": ("report.html",)}
 # What a stage reads from the stages before it; a section of the recipe is read beside these.
@@ -147,7 +149,8 @@ def record(recipe: Recipe, stage: str, read: dict[str, str], seconds: float) -> 
 def outputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
     """Return what `stage` leaves in the run directory, the first of which later stages read."""
     if stage == "reward":
-        return reward_models(recipe)
+        has_gold = recipe.reward is not None and recipe.reward.gold is not None
+        return (*reward_models(recipe), *([GOLD] if has_gold else []))
     return (OUTPUTS[stage], *MORE_OUTPUTS.get(stage, ()))
 
 

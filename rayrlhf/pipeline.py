@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from rayrlhf import console, lineage, metrics, session
-from rayrlhf.config import TRAINED_STAGES, PPOConfig, Recipe, RecipeError, judge_key
+from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError, judge_key
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
 from rayrlhf.external import functions
@@ -224,8 +224,8 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
             files[f"{stage}.init.0"] = folder
     if stage == "ppo":
         files |= _scoring_files(recipe)
-    if stage == "evaluate":
-        files |= _battle_files(recipe)
+    if stage == "evaluate" and recipe.evaluate is not None:
+        files |= _gold_files(recipe.evaluate) | _battle_files(recipe)
     return lineage.inputs(recipe, stage, files) | data
 
 
@@ -290,6 +290,14 @@ def _battle_files(recipe: Recipe) -> dict[str, Path]:
             places[f"evaluate.judges.{index}.function"] = file
     files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
     return {key: file for key, file in files.items() if file.exists()}
+
+
+def _gold_files(cfg: EvaluateConfig) -> dict[str, Path]:
+    """Return the gold reward model that the evaluation names, where it is there."""
+    cost = cfg.overoptimisation
+    if cost is None or cost.gold is None or not Path(cost.gold).exists():
+        return {}
+    return {"evaluate.overoptimisation.gold": Path(cost.gold)}
 
 
 def _init(recipe: Recipe, stage: str) -> str | None:

@@ -40,6 +40,27 @@ def test_instructgpts_settings() -> None:
     assert (sft.warmup_ratio, sft.min_learning_rate_ratio) == (0, 0.1)
 
 
+def test_overoptimisation_needs_a_gold_reward_model_of_its_own_data() -> None:
+    evaluate = {**MINIMAL["evaluate"], "overoptimisation": {}}
+    assert "has no gold reward model: set reward.gold.train" in refuse({"evaluate": evaluate})
+    same = {"train": "a.jsonl", "gold": {"train": "a.jsonl"}}
+    assert "reward.gold.train=a.jsonl is reward.train" in refuse({"reward": same})
+    gold = {"train": "a.jsonl", "gold": {"train": "b.jsonl"}}
+    assert config.parse({**MINIMAL, "evaluate": evaluate, "reward": gold}).evaluate is not None
+    evaluate["overoptimisation"] = {"gold": "runs/gold/reward/final"}
+    assert config.parse({**MINIMAL, "evaluate": evaluate}).evaluate is not None
+    without = {key: part for key, part in MINIMAL.items() if key not in ("reward", "ppo")}
+    with pytest.raises(config.RecipeError, match="the recipe has no reward section"):
+        config.parse({**without, "evaluate": evaluate})
+
+
+def test_few_shot_needs_demonstrations() -> None:
+    without = {key: part for key, part in MINIMAL.items() if key != "sft"}
+    evaluate = {**MINIMAL["evaluate"], "few_shot": {}}
+    with pytest.raises(config.RecipeError, match="few_shot shows demonstrations of sft.train"):
+        config.parse({**without, "evaluate": evaluate})
+
+
 def test_stages_are_the_sections_in_order() -> None:
     assert config.parse(MINIMAL).stages == config.STAGES
     some = {k: v for k, v in MINIMAL.items() if k in ("name", "corpus", "pretrain")}

@@ -106,6 +106,26 @@ def run(recipe: Recipe, stage: str) -> bool:
     return needed
 
 
+def test_a_gold_reward_model_from_elsewhere_is_an_input_of_the_evaluation(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    gold = tmp_path / "gold"
+    shutil.copytree(tiny_model, gold)
+    evaluate = {
+        "prompts": PPO["ppo"]["prompts"],
+        "comparisons": "builtin:human-ratings/comparisons.validation.jsonl",
+        "overoptimisation": {"gold": str(gold)},
+    }
+    reward = {"train": "builtin:human-ratings/comparisons.validation.jsonl"}
+    recipe = recipe_of(tmp_path, tiny_model, reward=reward, evaluate=evaluate)
+    before = pipeline._inputs(recipe, "evaluate")
+    assert pipeline._inputs(recipe, "evaluate") == before
+    (gold / "config.json").write_text("{}")
+    changed = pipeline._inputs(recipe, "evaluate")
+    key = "evaluate.overoptimisation.gold"
+    assert {name for name in before if changed[name] != before[name]} == {key}
+
+
 def test_the_numbers_that_follow_from_ppos_knobs_are_printed(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ exit code 2. This package imports neither torch nor ray, so that `rayrlhf --help
 """
 
 from rayrlhf.config.corpus import CorpusConfig, Edit, Filter, NearDuplicates, SourceConfig
+from rayrlhf.config.cost import FewShotConfig, OveroptimisationConfig, VarietyConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.judges import JudgeConfig, api_url, judge_key
@@ -16,7 +17,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reading import load, parse
 from rayrlhf.config.recipe import HEAD_SIZES, STAGES, Recipe
 from rayrlhf.config.resources import ROLES, TRAINED_STAGES, ResourcesConfig, Role, RoleResources
-from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.reward import GoldConfig, RewardConfig
 from rayrlhf.config.rewards import RewardSource, backoff_s, key_of
 from rayrlhf.config.section import (
     Fraction,
@@ -49,8 +50,10 @@ __all__ = [
     "EarlyStopping",
     "Edit",
     "EvaluateConfig",
+    "FewShotConfig",
     "Filter",
     "Fraction",
+    "GoldConfig",
     "JudgeConfig",
     "KLConfig",
     "LabelConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "ModelConfig",
     "NearDuplicates",
     "NonNegative",
+    "OveroptimisationConfig",
     "PPOConfig",
     "Positive",
     "PositiveFloat",
@@ -79,6 +83,7 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "VarietyConfig",
     "api_url",
     "backoff_s",
     "judge_key",

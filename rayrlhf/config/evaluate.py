@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from rayrlhf.config.cost import FewShotConfig, OveroptimisationConfig, VarietyConfig
 from rayrlhf.config.judges import JudgeConfig, check_contestants, check_judges
 from rayrlhf.config.section import Positive, PositiveFloat, Section
 
@@ -25,6 +26,13 @@ class EvaluateConfig(Section):
     """KV cache of the engine that answers the prompts, GiB."""
     num_samples: Positive = 12
     """Prompts whose answers are shown side by side in the report."""
+    few_shot: FewShotConfig | None = None
+    """Adds the prompted base model to the win rates; `{}` takes the defaults."""
+    variety: VarietyConfig | None = None
+    """Counts different answers to one prompt; `{}` takes the defaults."""
+    overoptimisation: OveroptimisationConfig | None = None
+    """Proxy against gold reward; `{}` takes the defaults. It takes minutes: PPO's checkpoints and
+    best-of-n answer some thousand prompts."""
     models: dict[str, str] = {}
     """Further models for the battles: name -> folder, hub name or `builtin:` name, each with a
     tokenizer of its own. Prompts with `messages` are put to it in its own chat template."""

@@ -129,6 +129,8 @@ class Recipe(Section):
             self._rows_fit(self.corpus)
         if self.ppo is not None:
             self._ppo_fits(self.ppo)
+        if self.evaluate is not None:
+            self._evaluation_fits(self.evaluate)
         if self.label is not None:
             self._answers_fit(self.label)
         if self.resources.sequence_parallel > 1:
@@ -157,6 +159,25 @@ class Recipe(Section):
                     f"attention=flex does not go with resources.sequence_parallel={ranks}, which "
                     "computes each document by itself: set attention=auto"
                 )
+
+    def _evaluation_fits(self, evaluate: EvaluateConfig) -> None:
+        if evaluate.few_shot is not None and self.sft is None:
+            raise ValueError(
+                "evaluate.few_shot shows demonstrations of sft.train, but the recipe has no sft "
+                "section: add sft, or take evaluate.few_shot out"
+            )
+        if evaluate.overoptimisation is None:
+            return
+        if self.reward is None:
+            raise ValueError(
+                "evaluate.overoptimisation compares the reward model with a gold one, but the "
+                "recipe has no reward section: add reward, or take evaluate.overoptimisation out"
+            )
+        if evaluate.overoptimisation.gold is None and self.reward.gold is None:
+            raise ValueError(
+                "evaluate.overoptimisation has no gold reward model: set reward.gold.train to "
+                "comparisons of its own, or evaluate.overoptimisation.gold to a finished one"
+            )
 
     def _answers_fit(self, label: LabelConfig) -> None:
         for key, part in (("sample", label.sample), ("arena", label.arena)):

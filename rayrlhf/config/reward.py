@@ -4,8 +4,17 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from rayrlhf.config.section import NonNegative, Positive, PositiveFloat
+from rayrlhf.config.section import NonNegative, Positive, PositiveFloat, Section
 from rayrlhf.config.training import EarlyStopping, RecordsConfig
+
+
+class GoldConfig(Section):
+    """Data of the gold reward model; everything else is as for the others."""
+
+    train: str
+    """Comparisons that have no text in common with those of `reward.train`."""
+    validation: str | None = None
+    """Held-out comparisons, none of them of `reward.validation`."""
 
 
 class RewardConfig(RecordsConfig):
@@ -43,6 +52,9 @@ class RewardConfig(RecordsConfig):
     num_members: Positive = 1
     """Reward models to train, one after another, with heads and batches of seeds of their own.
     PPO takes the first; the evaluation reports what they agree on."""
+    gold: GoldConfig | None = None
+    """One more reward model, on other comparisons, that PPO never sees: evaluate.overoptimisation
+    tells by it where more of PPO's reward is worth less (arXiv:2210.10760)."""
 
     @model_validator(mode="after")
     def _targets_fit(self) -> Self:
@@ -50,5 +62,10 @@ class RewardConfig(RecordsConfig):
             raise ValueError(
                 "loss=margin needs to know which of two responses is the better one, and "
                 "raters=individual only how many people think so: set raters=mean or loss=pairwise"
+            )
+        if self.gold is not None and self.gold.train == self.train:
+            raise ValueError(
+                f"reward.gold.train={self.gold.train} is reward.train: the gold reward model has "
+                "to learn from other comparisons; split them, so that no text is in both"
             )
         return self

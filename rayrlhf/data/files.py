@@ -42,6 +42,9 @@ def _entries(recipe: Recipe) -> Iterator[tuple[str, str, str | None, Kind]]:
         yield "reward", "demonstrations", scored, "demonstration"
         yield "reward", "train", recipe.reward.train, "comparison"
         yield "reward", "validation", recipe.reward.validation, "comparison"
+        if recipe.reward.gold is not None:
+            yield "reward", "gold.train", recipe.reward.gold.train, "comparison"
+            yield "reward", "gold.validation", recipe.reward.gold.validation, "comparison"
     if recipe.dpo is not None:
         yield "dpo", "train", recipe.dpo.train, "comparison"
         yield "dpo", "validation", recipe.dpo.validation, "comparison"

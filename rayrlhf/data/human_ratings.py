@@ -33,9 +33,12 @@ HEADERS = {
     "tweets": "Tweet:",
 }
 SPLITS = ("train", "validation", "test")
+HALVED = ("train", "validation")
 KINDS = ("demonstrations", "comparisons", "prompts", "ratings")
 # Upper ends of the parts on [0, 1): 10% test, 2% validation, 4% openings for PPO, 84% train.
 PARTS = (("test", 0.10), ("validation", 0.12), ("prompts", 0.16), ("train", 1.0))
+HALVES = (("proxy", 0.5), ("gold", 1.0))
+"""Of the texts of a split: comparisons of two reward models that are to have none in common."""
 SAME_TEXT = 0.7
 """Jaccard similarity of two texts' words from which on they may not be in different splits."""
 
@@ -69,7 +72,8 @@ class Snippet:
 def file_names() -> list[str]:
     """Return the names of all files that `build` writes."""
     corpus = [f"corpus.{source}.{split}.jsonl" for source in SOURCES for split in SPLITS]
-    return corpus + [f"{kind}.{split}.jsonl" for kind in KINDS for split in SPLITS]
+    halves = [f"comparisons-{half}.{split}.jsonl" for half, _ in HALVES for split in HALVED]
+    return corpus + halves + [f"{kind}.{split}.jsonl" for kind in KINDS for split in SPLITS]
 
 
 def build(archive: Path, folder: Path) -> dict[str, dict[str, int]]:
@@ -86,6 +90,9 @@ def build(archive: Path, folder: Path) -> dict[str, dict[str, int]]:
         }
         files[f"demonstrations.{name}.jsonl"] = demonstrations(parts[name])
         files[f"comparisons.{name}.jsonl"] = comparisons(parts[name])
+        if name in HALVED:
+            for half, texts in split(parts[name], HALVES).items():
+                files[f"comparisons-{half}.{name}.jsonl"] = comparisons(texts)
         pool, per_text = (parts["prompts"], 2) if name == "train" else (parts[name], 1)
         files[f"prompts.{name}.jsonl"] = prompts(pool, per_text, seen)
         files[f"ratings.{name}.jsonl"] = [_rating(s) for s in parts[name]]
@@ -107,8 +114,10 @@ def read_snippets(archive: Path) -> list[Snippet]:
             ]
 
 
-def split(snippets: Sequence[Snippet]) -> dict[str, list[Snippet]]:
-    """Divide texts over PARTS, group by group: near-duplicates and documents stay together.
+def split(
+    snippets: Sequence[Snippet], parts: Sequence[tuple[str, float]] = PARTS
+) -> dict[str, list[Snippet]]:
+    """Divide texts over the parts, group by group: near-duplicates and documents stay together.
 
     Within a source the groups are ordered by a hash, so that each part has its share of it.
     """
@@ -131,10 +140,10 @@ def split(snippets: Sequence[Snippet]) -> dict[str, list[Snippet]]:
         total, before = sum(len(g) for g in own), 0
         for group in own:
             place = (before + len(group) / 2) / total
-            part = next(name for name, end in PARTS if place < end)
+            part = next(name for name, end in parts if place < end)
             part_of.update(dict.fromkeys(group, part))
             before += len(group)
-    return {name: [s for i, s in enumerate(snippets) if part_of[i] == name] for name, _ in PARTS}
+    return {name: [s for i, s in enumerate(snippets) if part_of[i] == name] for name, _ in parts}
 
 
 def similar_pairs(sets: Sequence[frozenset[str]], threshold: float) -> Iterator[tuple[int, int]]:

@@ -57,7 +57,7 @@ def _ratings_table(battles: Found) -> str:
         for model in sorted(battles["models"], key=lambda model: -first[model]["elo"])
     ]
     header = ["model", *[f"rating, {_judge(judge)}" for judge in judges], "characters"]
-    return table(header, rows)
+    return table(header, rows, "Ratings of all models, by judge")
 
 
 def _length_table(battles: Found) -> str:
@@ -79,7 +79,8 @@ def _length_table(battles: Found) -> str:
         header += [f"{_judge(judge)}", f"{_judge(judge)}, at equal lengths"]
     return (
         f'<p class="note">Win rate against {escape(_model(anchor))}, as it is and as it would be '
-        "with answers as long as its own.</p>" + table(header, rows)
+        "with answers as long as its own.</p>"
+        + table(header, rows, "Win rates as they are and at equal lengths")
     )
 
 
@@ -98,7 +99,9 @@ def _pairs_table(judge: str, found: Found) -> str:
         rows.append(cells)
     header = ["wins of", *[f"against {_model(model)}" for model in rates]]
     said = f"By {_judge(judge)}: {100 * found['tie_share']:.0f}% of the battles are ties."
-    return f'<p class="note">{escape(said + _of_positions(found))}</p>' + table(header, rows)
+    return f'<p class="note">{escape(said + _of_positions(found))}</p>' + table(
+        header, rows, f"Win rates of each pair of models, by {judge}"
+    )
 
 
 def _of_positions(found: Found) -> str:

@@ -4,12 +4,20 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """A table of cells that are HTML already; the first one of each row is the row's header.
+
+    A wide table scrolls in its own box, which the keyboard reaches.
+    """
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    said = escape(caption)
     return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="card scroll" role="region" aria-label="{said}" tabindex="0"><table>'
+        f"<caption>{said}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

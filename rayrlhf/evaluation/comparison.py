@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rayrlhf.evaluation.bootstrap import ratio_interval
 from rayrlhf.evaluation.diagnostics import ensemble_agreement, rated_pairs
 from rayrlhf.evaluation.diversity import (
     TokenStatistics,
@@ -80,7 +81,7 @@ def _bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
 
-def compare_models(
+def compare_models(  # noqa: PLR0913 (models, texts, and how they are read)
     models: Mapping[str, str],
     answers: Answers,
     rows: Mapping[str, list[list[int]]],
@@ -88,8 +89,11 @@ def compare_models(
     reference: str,
     temperature: float,
     tokens_per_batch: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return what takes a forward pass: entropy, KL from the reference, held-out loss.
+
+    `alignment_tax` is the held-out loss less the base model's, nats per token.
 
     `engine_mismatch` is how far the engine's log-probs are from those found here, in nats per
     token: near 0 in float32 when both have the same weights.
@@ -124,7 +128,16 @@ def compare_models(
         "kl_ref_per_response": {
             name: kl_per_response(found, by_reference[name]) for name, found in own.items()
         },
+        "entropy_intervals": {
+            name: _bounds(ratio_interval(found.entropies, found.lengths, seed=seed))
+            for name, found in own.items()
+        },
         "held_out_loss": losses,
+        "alignment_tax": {
+            name: {source: loss - losses["base"][source] for source, loss in row.items()}
+            for name, row in losses.items()
+            if name != "base"
+        },
         "engine_mismatch": {name: _mismatch(answers[name], found) for name, found in own.items()},
     }
 
@@ -174,13 +187,13 @@ def compare_with_people(
 
 
 def samples(
-    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], num_samples: int
+    answers: Answers, scores: Mapping[str, Mapping[str, Floats]], positions: Iterable[int]
 ) -> list[dict[str, Any]]:
-    """Return the first prompts with what every model answered, and the judges' scores."""
-    prompts = next(iter(answers.values()))[:num_samples]
+    """Return the prompts at these positions with every model's answer and the judges' scores."""
+    prompts = next(iter(answers.values()))
     return [
         {
-            "prompt": first.prompt,
+            "prompt": prompts[i].prompt,
             "answers": {
                 model: {
                     "text": given[i].response,
@@ -192,7 +205,7 @@ def samples(
                 for model, given in answers.items()
             },
         }
-        for i, first in enumerate(prompts)
+        for i in positions
     ]
 
 

@@ -53,7 +53,7 @@ def corpus_section(manifest: Mapping[str, Any] | None) -> str:
     )
     return (
         "<section><h2>The corpus</h2>"
-        + table(_HEADER, rows)
+        + table(_HEADER, rows, "What each source gave to the corpus")
         + f'<p class="note">{note}</p>{_dropped(train)}{left_out}</section>'
     )
 
@@ -75,6 +75,10 @@ def _dropped(train: Mapping[str, Any]) -> str:
         return ""
     return (
         '<details class="card"><summary>Documents that were dropped, and why</summary>'
-        + table(("rule", "source", "documents", "how some begin"), sorted(rows))
+        + table(
+            ("rule", "source", "documents", "how some begin"),
+            sorted(rows),
+            "Documents dropped by each rule",
+        )
         + "</details>"
     )

@@ -26,11 +26,20 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     seen: set[tuple[str, ...]] = set()
     total = 0
     for text in texts:
-        words = _WORD.findall(text.lower())
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        grams = ngrams(words_of(text), n)
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else 0.0
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, punctuation left out."""
+    return _WORD.findall(text.lower())
+
+
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Return every run of n words, in order."""
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 @dataclass(frozen=True)

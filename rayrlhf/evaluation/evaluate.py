@@ -10,7 +10,6 @@ Models of `evaluate.models` answer too, and fight; all else is about the stages 
 Everything runs in this one process: at the size of an evaluation no cluster pays off.
 """
 
-import gc
 import os
 import platform
 import time
@@ -29,11 +28,11 @@ from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompt, fitting_prompts, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
-from rayrlhf.evaluation import plots, report
+from rayrlhf.evaluation import cost, plots, report
+from rayrlhf.evaluation.answering import Answerer, Prompt, answer_prompts
 from rayrlhf.evaluation.battles import Battles
 from rayrlhf.evaluation.battles_section import summary_table
 from rayrlhf.evaluation.comparison import (
-    Answers,
     compare_answers,
     compare_models,
     compare_with_people,
@@ -45,9 +44,9 @@ from rayrlhf.evaluation.held_out import (
     rated_texts,
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
+from rayrlhf.evaluation.overoptimisation import gold_folder, overoptimisation_of
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
-from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel
 
@@ -70,8 +69,12 @@ def evaluate(recipe: Recipe) -> Path:
     battles = Battles(recipe, tokenizer, chosen, tokens_per_batch=tokens_per_batch)
 
     _say(f"{len(prompts)} prompts, answered by {', '.join(models)}")
-    answers = answer_prompts(models, prompts, tokenizer, recipe, cfg)  # 1
-    guests = battles.answers(prompts, answer_prompts)
+    answerer = Answerer(Engine, tokenizer, recipe, cfg)
+    demonstrations = cost.demonstrations_of(recipe)
+    asked = cost.ask(models, prompts, demonstrations, answerer, tokenizer, recipe, cfg)  # 1
+    answers = asked.answers
+    guests = battles.answers(prompts, _answer)
+    asked.answers = answers | guests
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
     _say(
         f"{sum(map(len, answers.values()))} answers, judged by {', '.join(j.name for j in judges)}"
@@ -82,9 +85,15 @@ def evaluate(recipe: Recipe) -> Path:
     }
     results = _about(recipe, cfg, models, len(prompts))
     results |= compare_answers(answers, scores, reference=results["reference"])
-    results["battles"] = battles.fight(
-        answers | guests, judges, scores, anchor=results["reference"]
+    results |= cost.measure(
+        asked,
+        judges,
+        scores,
+        reference=results["reference"],
+        trained=[name for name in MODELS if name in models][-1],
+        recipe=recipe,
     )
+    results["battles"] = battles.fight(asked.answers, judges, scores, anchor=results["reference"])
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "
@@ -97,12 +106,26 @@ def evaluate(recipe: Recipe) -> Path:
         reference=results["reference"],
         temperature=cfg.temperature,
         tokens_per_batch=tokens_per_batch,
+        seed=recipe.seed,
+    )
+    results["overoptimisation"] = overoptimisation_of(
+        recipe,
+        models[results["reference"]],
+        prompts,
+        answerer,
+        next((judge for judge in judges if isinstance(judge, RewardJudge)), None),
+        lambda folder: _reward_judge(folder, tokenizer, tokens_per_batch),
     )
     _say(f"agreement with people on {sum(len(rated.texts) for rated in texts.values())} texts")
     results |= compare_with_people(
         texts, judges, _members(recipe, tokenizer, tokens_per_batch)
     )  # 4
-    results["samples"] = samples(answers, scores, cfg.num_samples)
+    results["samples"] = samples(answers, scores, range(min(cfg.num_samples, len(prompts))))
+    for marked in (results["hacking"]["gains"], results["hacking"]["marked"]):
+        for row, sample in zip(
+            marked, samples(answers, scores, [row["position"] for row in marked]), strict=True
+        ):
+            row.update(sample)
     _say("figures and report")
     return _write(recipe, results, time.monotonic() - started)  # 5
 
@@ -127,6 +150,8 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
     scoring = lineage.reward_models(recipe) if recipe.reward else ()
     needed = [*written.values(), *(recipe.path / name for name in scoring)]
+    if recipe.evaluate is not None and recipe.evaluate.overoptimisation is not None:
+        gold_folder(recipe, recipe.evaluate.overoptimisation)
     for folder in needed:
         if not (folder / "config.json").is_file():
             raise RecipeError(
@@ -161,9 +186,7 @@ def choose_records(
     return [fitting[i] for i in order]
 
 
-def as_prompts(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[str, list[int]]]:
+def as_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
     """Return text and token ids of prompts."""
     return [
         (
@@ -174,53 +197,17 @@ def as_prompts(
     ]
 
 
-def answer_prompts(
+def _answer(
     models: Mapping[str, str],
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     cfg: EvaluateConfig,
-) -> Answers:
-    """Let every model answer every prompt, with the same random seed per prompt for all models."""
-    rng = np.random.default_rng([recipe.seed, 1])
-    seeds = [int(seed) for seed in rng.integers(0, 2**31, size=len(prompts))]
-    answers: Answers = {}
-    engine: Engine | None = None
-    shapes: dict[str, torch.Size] = {}
-    for version, (name, folder) in enumerate(models.items()):
-        weights = dict(named_weights(CausalLMModel.from_pretrained(folder)))
-        found = {key: tensor.shape for key, tensor in weights.items()}
-        if engine is not None and found == shapes:
-            engine.load_weights(weights.items(), version)
-        else:
-            engine = None
-            gc.collect()  # the engine before must leave its memory first
-            engine = Engine(
-                folder,
-                max_length=recipe.model.max_length,
-                memory_gib=cfg.memory_gib,
-                seed=recipe.seed,
-                num_threads=recipe.resources.rollout.num_threads,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            shapes = found
-        completions = engine.generate(
-            [ids for _, ids in prompts],
-            seeds=seeds,
-            max_tokens=cfg.max_response_tokens,
-            temperature=cfg.temperature,
-        )
-        answers[name] = [
-            Answer(
-                text,
-                tokenizer.decode(done.token_ids, skip_special_tokens=True),
-                ids,
-                done.token_ids,
-                done.log_probs,
-                done.finish_reason == "stop",
-            )
-            for (text, ids), done in zip(prompts, completions, strict=True)
-        ]
+) -> dict[str, list[Answer]]:
+    """Let models from outside the run answer, with the random seeds of the run's own."""
+    answerer = Answerer(Engine, tokenizer, recipe, cfg)
+    answers = dict(answer_prompts(answerer, models, prompts, seed=recipe.seed))
+    answerer.release()
     return answers
 
 

@@ -13,6 +13,13 @@ from typing import Any
 from rayrlhf.evaluation.battles_section import battles_section
 from rayrlhf.evaluation.cells import definitions, duration, number, table
 from rayrlhf.evaluation.corpus_section import corpus_section
+from rayrlhf.evaluation.cost_section import (
+    answer_card,
+    hacking_section,
+    overoptimisation_section,
+    tax_section,
+    variety_section,
+)
 from rayrlhf.evaluation.plots import Figure
 from rayrlhf.evaluation.reward_section import reward_section
 from rayrlhf.evaluation.style import STYLE
@@ -34,6 +41,13 @@ MEASURES = {
     "nats: e to its power is the number of equally likely tokens.",
     "distinct-2": "share of word pairs that occur only once or for the first time, over all "
     "responses; 1 is never a repetition.",
+    "self-BLEU": "how much of an answer's wording, runs of up to four words, is in the others: of "
+    "the answers to all prompts, or of many to one prompt. 0 to 1; 1 is always the same answer.",
+    "proxy and gold reward": "scores of the reward model that is maximised, and of one that "
+    "learned from other comparisons. Where the proxy goes on rising and the gold reward falls, the "
+    "policy lives on the proxy's errors.",
+    "best of n": "of n answers the one with the highest proxy reward; log n - (n - 1) / n nats "
+    "away from the model that answers.",
     "held-out loss": "mean negative log-probability of texts that no stage trained on, in nats per "
     "token; lower is better.",
     "pair accuracy": "over all pairs of held-out texts with different mean ratings, how often the "
@@ -80,10 +94,13 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 <section><h2>The models</h2>{_models_table(results)}</section>
 {battles_section(results)}
 {reward_section(results)}
-{_loss_section(results)}
+{variety_section(results)}
+{tax_section(results)}
+{overoptimisation_section(results)}
 {corpus_section(results["corpus"])}
 <section><h2>Figures</h2><div class="figures">{drawn}</div></section>
 {_samples_section(results)}
+{hacking_section(results)}
 <section><h2>What the run was</h2>{_run(results, recipe_yaml)}</section>
 <section><h2>What the numbers mean</h2><div class="card"><details open><summary>Measures</summary>
 <dl style="margin-top:12px">{definitions(MEASURES)}</dl></details></div></section>
@@ -208,27 +225,9 @@ def _models_table(results: Results) -> str:
             number(results["ended_fraction"][model], 0, scale=100, unit="%"),
         ]
         rows.append(cells)
-    return table(header, rows) + (
+    return table(header, rows, f"The models, compared with {MODELS[reference]}") + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
         "small figures are 95% intervals, with the prompt as the unit.</p>"
-    )
-
-
-def _loss_section(results: Results) -> str:
-    losses = results["held_out_loss"]
-    sources = list(dict.fromkeys(source for row in losses.values() for source in row))
-    if not sources:
-        return ""
-    rows = [
-        [f"<b>{escape(MODELS[model])}</b>", *[number(losses[model].get(s), 3) for s in sources]]
-        for model in MODELS
-        if model in losses
-    ]
-    return (
-        "<section><h2>Held-out loss</h2>"
-        + table(["model", *sources], rows)
-        + '<p class="note">Nats per token; lower is better. Fine-tuning and PPO usually cost '
-        "some of it: that price is the alignment tax.</p></section>"
     )
 
 
@@ -240,7 +239,7 @@ def _figure(figure: Figure) -> str:
     )
     return (
         f'<figure class="card"><h3>{escape(figure.title)}</h3><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(figure.caption)}"></picture>'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
@@ -249,25 +248,7 @@ def _figure(figure: Figure) -> str:
 def _samples_section(results: Results) -> str:
     if not results["samples"]:
         return ""
-    shown = []
-    for sample in results["samples"]:
-        answers = []
-        for model, answer in sample["answers"].items():
-            scores = " · ".join(
-                f"{JUDGES[judge].removeprefix('the ')} {score:+.2f}"
-                for judge, score in answer["scores"].items()
-            )
-            cut = "" if answer["ended"] else ' <span class="muted" title="cut off">…</span>'
-            trained = " trained" if model not in ("base", "sft") else ""
-            answers.append(
-                f'<div class="answer{trained}"><div class="who">'
-                f"{escape(model_word(model))}</div><p>{escape(answer['text'].strip())}"
-                f'{cut}</p><div class="scores">{escape(scores)}</div></div>'
-            )
-        shown.append(
-            f'<article class="card sample"><p class="prompt">{escape(sample["prompt"])}'
-            f'</p><div class="answers">{"".join(answers)}</div></article>'
-        )
+    shown = [answer_card(sample) for sample in results["samples"]]
     return (
         f"<section><h2>The same prompts, every stage</h2>"
         f'<p class="note">The first {len(shown)} of the {results["num_prompts"]} prompts, not '

@@ -39,6 +39,7 @@ def reward_section(results: Mapping[str, Any]) -> str:
                 "pairs",
             ],
             rows,
+            "Agreement with people on held-out texts, by source",
         )
         + _length_table(by_source)
         + _ensemble_table(by_source)
@@ -76,7 +77,7 @@ def _length_table(by_source: Mapping[str, Any]) -> str:
         '<p class="note">Does it like long responses as such? Then the fourth column is far from '
         "0, and it is right more often where the better response is the longer one.</p>"
     )
-    return note + table(header, rows)
+    return note + table(header, rows, "How length and score go together, by source")
 
 
 def _ensemble_table(by_source: Mapping[str, Any]) -> str:
@@ -117,4 +118,4 @@ def _ensemble_table(by_source: Mapping[str, Any]) -> str:
         "score, and by thirds of the pairs on which they agree most to least. Disagreement is "
         "in standard deviations of a member's scores.</p>"
     )
-    return note + table(header, rows)
+    return note + table(header, rows, "What the members of the ensemble agree on, by source")

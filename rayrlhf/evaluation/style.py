@@ -4,7 +4,7 @@ STYLE = """
 :root { color-scheme: light dark;
   --ground: #f5f6f8; --card: #ffffff; --text: #1d2430; --muted: #5d6878; --line: #e4e7ec;
   --accent: #2f6fd6; --warm: #c2410c; --soft: #eef3fc; }
-@media (prefers-color-scheme: dark) { :root {
+@media screen and (prefers-color-scheme: dark) { :root {
   --ground: #0e1219; --card: #161b24; --text: #e6eaf1; --muted: #98a2b3; --line: #2b3341;
   --accent: #6ea1ff; --warm: #ff8a5c; --soft: #1b2536; } }
 * { box-sizing: border-box; }
@@ -36,8 +36,12 @@ th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--li
 th { font-weight: 600; color: var(--muted); font-size: 0.84rem; vertical-align: bottom;
   white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
-tbody tr:last-child td { border-bottom: 0; }
-td .more { display: block; color: var(--muted); font-size: 0.8rem; }
+tbody th, td { vertical-align: top; }
+tbody th { font-weight: inherit; color: inherit; font-size: inherit; white-space: nowrap; }
+tbody tr:last-child > * { border-bottom: 0; }
+caption { text-align: left; padding: 10px 12px 2px; color: var(--muted); font-size: 0.84rem; }
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+td .more, th .more { display: block; color: var(--muted); font-size: 0.8rem; }
 td b { font-weight: 650; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr));
   gap: 16px; align-items: start; }
@@ -45,6 +49,7 @@ figure { margin: 0; padding: 16px 18px; break-inside: avoid; }
 figure img { display: block; width: 100%; max-width: 520px; height: auto; margin: 0 auto 8px; }
 .sample { padding: 16px 18px; margin: 0 0 14px; break-inside: avoid; }
 .prompt { font-weight: 600; margin: 0 0 10px; overflow-wrap: anywhere; white-space: pre-wrap; }
+.cards { margin: 12px 0 0; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr));
   gap: 12px; }
 .answer { border-left: 3px solid var(--line); padding: 0 0 0 12px; min-width: 0; }

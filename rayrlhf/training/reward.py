@@ -25,11 +25,12 @@ from rayrlhf.algorithms.ranking import (
     ranked_pairs,
     weighted,
 )
-from rayrlhf.config import Recipe, RewardConfig
+from rayrlhf.config import GoldConfig, Recipe, RecipeError, RewardConfig
 from rayrlhf.data import encoded
 from rayrlhf.data.datasets import (
     Comparison,
     Example,
+    iter_records,
     lay_out,
     number_documents,
     pad,
@@ -48,6 +49,9 @@ def train_reward(recipe: Recipe) -> Path:
 
     Raises RecipeError when a record is wrong or the start model does not fit.
     """
+    assert recipe.reward is not None
+    if recipe.reward.gold is not None:
+        check_gold(recipe.reward, recipe.reward.gold)
     return train_stage(recipe, RewardStage)
 
 
@@ -73,12 +77,17 @@ class RewardStage(Stage):
     name = "reward"
     selection = Selection("eval/pair_accuracy", higher_is_better=True)
 
-    def __init__(self, recipe: Recipe, member: int = 0) -> None:
-        """Read and check the data; `member` is which one of the ensemble's models this is."""
+    def __init__(self, recipe: Recipe, number: int = 0) -> None:
+        """Read and check the data; `number` is which one of `finals` this is."""
         super().__init__(recipe)
-        if member:
-            self.folder = self.finals(recipe)[member].parent
-            self.recipe = recipe.model_copy(update={"seed": member_seed(recipe.seed, member)})
+        if number:
+            self.folder = self.finals(recipe)[number].parent
+            self.recipe = recipe.model_copy(
+                update={
+                    "seed": member_seed(recipe.seed, number),
+                    "reward": _section(self.cfg, number),
+                }
+            )
         self.start = self.start_folder()
         self.train = self._read(self.cfg.train)
         held_out = self.cfg.validation
@@ -88,13 +97,12 @@ class RewardStage(Stage):
 
     @classmethod
     def runs(cls, recipe: Recipe) -> Iterator["RewardStage"]:
-        """Yield the members of the ensemble."""
-        assert recipe.reward is not None
-        return (cls(recipe, member) for member in range(recipe.reward.num_members))
+        """Yield the members of the ensemble, and the gold model."""
+        return (cls(recipe, number) for number in range(len(cls.finals(recipe))))
 
     @classmethod
     def finals(cls, recipe: Recipe) -> list[Path]:
-        return [recipe.path / name for name in lineage.reward_models(recipe)]
+        return [recipe.path / name for name in lineage.outputs_of(recipe, "reward")]
 
     def _read(self, path: str) -> Encoded[Comparison]:
         individual = self.cfg.raters == "individual"
@@ -226,6 +234,38 @@ class RewardStage(Stage):
     def save(self, module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
         assert isinstance(module, ScalarHeadModel)
         module.save_pretrained(folder, weights)
+
+
+def _section(cfg: RewardConfig, number: int) -> RewardConfig:
+    """Return the section of a further model: the gold model, behind the members, has own data."""
+    if number < cfg.num_members:
+        return cfg
+    assert cfg.gold is not None
+    return cfg.model_copy(update=cfg.gold.model_dump())
+
+
+def check_gold(cfg: RewardConfig, gold: GoldConfig) -> None:
+    """Raise RecipeError when a text of the gold model's comparisons is in the proxy's, too."""
+    known = _texts(cfg.train) | _texts(cfg.validation)
+    for path in (gold.train, gold.validation):
+        shared = known & _texts(path)
+        if shared:
+            prompt, response = min(shared)
+            raise RecipeError(
+                f"{path}: {len(shared)} of its texts are in the comparisons of the reward model "
+                f"that it is to judge, for example {(prompt + response)[:80]!r}: split the "
+                "comparisons, so that no text is in both"
+            )
+
+
+def _texts(path: str | None) -> set[tuple[str, str]]:
+    if path is None:
+        return set()
+    return {
+        (record["prompt"], response)
+        for record in iter_records(path, "comparison")
+        for response in record["responses"]
+    }
 
 
 def member_seed(seed: int, member: int) -> int:

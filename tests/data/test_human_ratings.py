@@ -74,6 +74,24 @@ def test_every_text_is_in_one_split_and_shares_are_met(ratings: Records) -> None
             assert counts[name] / total == pytest.approx(share, abs=0.006)
 
 
+@pytest.mark.parametrize("name", human_ratings.HALVED)
+def test_halves_of_the_comparisons_share_no_text_and_miss_none(ratings: Records, name: str) -> None:
+    halves = [
+        {
+            text
+            for record in read_records(f"{PREFIX}comparisons-{half}.{name}.jsonl", "comparison")
+            for text in record["text_ids"]
+        }
+        for half, _ in human_ratings.HALVES
+    ]
+    whole = {record["id"] for record in ratings[name]}
+    assert halves[0].isdisjoint(halves[1])
+    assert halves[0] | halves[1] == whole
+    assert len(halves[0]) / len(whole) == pytest.approx(0.5, abs=0.04)
+    reviews = [{i.split("_")[0] for i in half if i.startswith("products")} for half in halves]
+    assert reviews[0].isdisjoint(reviews[1])
+
+
 def test_products_and_editorials_are_split_by_document(ratings: Records) -> None:
     split_of: dict[str, str] = {}
     for name in SPLITS:

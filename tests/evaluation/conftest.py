@@ -105,7 +105,10 @@ def _results() -> dict[str, Any]:
         "ended_fraction": dict.fromkeys(MODELS, 0.5),
         "entropy_nats_per_token": {"base": 4.0, "sft": 3.5, "dpo": 3.0, "ppo": 2.5},
         "kl_ref_per_response": {"base": 2.0, "sft": 0.0, "dpo": 8.0, "ppo": 12.0},
+        "entropy_intervals": {m: [2.4, 2.6] for m in MODELS},
         "held_out_loss": {m: {"movies": 4.0, "tweets": 4.5} for m in MODELS},
+        "alignment_tax": {m: {"movies": 0.125, "tweets": -0.25} for m in MODELS[1:]},
+        **_cost(answer),
         "reward_model": {
             "movies": {**row, "ensemble": ensemble},
             "tweets": {**row, "human_pair_accuracy": None},
@@ -158,6 +161,80 @@ def _battles(models: list[str]) -> dict[str, Any]:
         "num_prompts": 20,
         "mean_length": dict.fromkeys(models, 123.0),
         "judges": {"vader": one, "big-llm": {**one, "kind": "llm", "positions": positions}},
+    }
+
+
+def _cost(answer: dict[str, Any]) -> dict[str, Any]:
+    measure = {"value": 0.61, "low": 0.55, "high": 0.66}
+    curve = {
+        "points": [
+            {
+                "n": n,
+                "kl": kl,
+                "proxy": 2 * kl,
+                "proxy_interval": [2 * kl - 0.1, 2 * kl + 0.1],
+                "gold": gold,
+                "gold_interval": [gold - 0.1, gold + 0.1],
+            }
+            for n, kl, gold in ((1, 0.0, 0.0), (2, 0.19, 0.4), (4, 0.64, 0.3))
+        ],
+        "peak": {
+            "n": 2,
+            "kl": 0.19,
+            "gold": 0.4,
+            "is_last": False,
+            "fall": 0.1,
+            "fall_interval": [0.02, 0.19],
+        },
+        "fit": None,
+    }
+    steps = {
+        "points": [
+            {**point, "step": 10 * (i + 1), "kl": kl}
+            for i, (point, kl) in enumerate(zip(curve["points"][1:], (1.0, 4.0), strict=True))
+        ],
+        "peak": {**curve["peak"], "step": 20, "kl": 4.0, "is_last": True},
+        "fit": None,
+    }
+    for row in (*steps["points"], steps["peak"]):
+        del row["n"]
+    marked = {
+        "prompt": "Say <i>it</i>",
+        "answers": dict.fromkeys(MODELS, answer),
+        "position": 0,
+        "gain": 2.25,
+        "rules": ["repetition"],
+    }
+    return {
+        "variety": {
+            m: {"distinct_1": measure, "distinct_answers": {"value": 41.5, "low": 39, "high": 44}}
+            for m in MODELS
+        },
+        "variety_samples": 50,
+        "few_shot": {
+            "model": "base_few_shot",
+            "separator": None,
+            "demonstrations": 4,
+            "mean_demonstrations": 2.5,
+            "win_rate": dict.fromkeys(("vader", "reward"), measure),
+        },
+        "hacking": {
+            "judge": "reward",
+            "trained": "ppo",
+            "rules": {"repetition": "one <word> often"},
+            "shares": {m: {"repetition": 0.125, "any": 0.125} for m in MODELS},
+            "gains": [{**marked, "rules": []}],
+            "marked": [marked],
+        },
+        "overoptimisation": {
+            "gold_model": "runs/toy/reward/gold/final",
+            "num_prompts": 8,
+            "num_samples": 4,
+            "checkpoint_samples": 2,
+            "deviation": {"proxy": 1.0, "gold": 1.5},
+            "best_of_n": curve,
+            "ppo": steps,
+        },
     }
 
 

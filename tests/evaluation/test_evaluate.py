@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from rayrlhf.config import DPOConfig, Recipe, RecipeError, parse
+from rayrlhf.config import (
+    DPOConfig,
+    FewShotConfig,
+    OveroptimisationConfig,
+    Recipe,
+    RecipeError,
+    VarietyConfig,
+    parse,
+)
 from rayrlhf.evaluation import evaluate as module
 from rayrlhf.evaluation.evaluate import evaluate
 from rayrlhf.generation import Completion
@@ -103,12 +111,12 @@ def recipe_of(
     model: str | Path,
     *,
     stages: Sequence[str] = ("sft", "reward", "ppo"),
-    **ppo: Any,
+    **reward: Any,
 ) -> Recipe:
     sections: dict[str, dict[str, Any]] = {
         "sft": {"train": "x"},
-        "reward": {"train": "x"},
-        "ppo": {"prompts": "x", **ppo},
+        "reward": {"train": "x", **reward},
+        "ppo": {"prompts": "x"},
     }
     return parse(
         {
@@ -190,6 +198,68 @@ def test_everything_is_written_with_one_engine(
     for changing in ("created", "seconds"):
         first.pop(changing), second.pop(changing)
     assert first == second  # the seed decides everything
+
+
+def test_what_rlhf_costs(
+    run_dir: Path, tiny_model: Path, fake_engine: type[FakeEngine], tmp_path: Path
+) -> None:
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(
+        "".join(
+            json.dumps({"prompt": "The film", "response": f" is{word}"}) + "\n" for word in WORDS
+        )
+    )
+    recipe = recipe_of(run_dir, tiny_model, gold={"train": "y"})
+    assert recipe.sft is not None and recipe.evaluate is not None
+    recipe = recipe.model_copy(
+        update={
+            "sft": recipe.sft.model_copy(update={"train": str(demonstrations)}),
+            "evaluate": recipe.evaluate.model_copy(
+                update={
+                    "few_shot": FewShotConfig(demonstrations=2, separator=None),
+                    "variety": VarietyConfig(prompts=2, samples=3),
+                    "overoptimisation": OveroptimisationConfig(
+                        prompts=2, samples=4, checkpoint_samples=2
+                    ),
+                }
+            ),
+        }
+    )
+    with pytest.raises(RecipeError, match="reward/gold/final, which is no complete reward model"):
+        evaluate(recipe)
+    shutil.copytree(run_dir / "reward" / "final", run_dir / "reward" / "gold" / "final")
+    step = run_dir / "ppo" / "checkpoints" / "step-00000010"
+    shutil.copytree(run_dir / "ppo" / "final", step)
+    (step / "manifest.json").write_text("{}")
+    (run_dir / "ppo" / "checkpoints" / "step-00000020").mkdir()  # half-written
+    evaluate(recipe)
+    assert fake_engine.built == 2  # its memory is given back before models run without it
+    found = json.loads((run_dir / "evaluation" / "results.json").read_text())
+
+    assert found["few_shot"]["mean_demonstrations"] == 2.0
+    assert set(found["few_shot"]["win_rate"]) == {"vader", "reward"}
+    for model in ("base", "sft", "ppo"):
+        row = found["variety"][model]
+        assert 1 <= row["distinct_answers"]["value"] <= 3
+        assert row["distinct_2"]["value"] == found["distinct_2"][model]
+        low, high = found["entropy_intervals"][model]
+        assert low <= found["entropy_nats_per_token"][model] <= high
+    assert found["variety"]["base"] == found["variety"]["sft"]  # the same weights and seeds
+    assert found["alignment_tax"]["sft"] == {"movies": 0.0, "tweets": 0.0}
+    assert set(found["alignment_tax"]) == {"sft", "ppo"}
+
+    cost = found["overoptimisation"]
+    assert [point["n"] for point in cost["best_of_n"]["points"]] == [1, 2, 4]
+    assert [point["step"] for point in cost["ppo"]["points"]] == [10]
+    first = cost["best_of_n"]["points"][0]
+    assert (first["kl"], first["proxy"]) == (0.0, pytest.approx(0.0, abs=1e-9))
+    # Proxy and gold are the same model here, and the best of more is never worse by it.
+    for point in cost["best_of_n"]["points"]:
+        assert point["proxy"] == pytest.approx(point["gold"])
+    assert cost["best_of_n"]["peak"] == {**cost["best_of_n"]["peak"], "n": 4, "is_last": True}
+    assert (run_dir / "evaluation" / "overoptimisation.png").is_file()
+    assert found["hacking"]["trained"] == "ppo" and len(found["hacking"]["gains"]) == 2
+    assert "demonstration copy" in found["hacking"]["rules"]
 
 
 def test_an_ensemble_is_measured_beside_the_model_of_ppo(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.evaluation.plots import Figure, figures
+from rayrlhf.evaluation.plots.preference import win_rates
 from rayrlhf.evaluation.report import render, write_report
 
 VOID = {"meta", "img", "source", "br"}
@@ -77,6 +78,7 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
     by_name = {figure.name: figure for figure in drawn}
     assert set(by_name) == {
         "win_rate",
+        "overoptimisation",
         "ratings",
         "reward_against_kl",
         "reward_model",
@@ -94,6 +96,9 @@ def test_every_figure_is_drawn_with_a_sentence(drawn: list[Figure]) -> None:
         assert figure.light != figure.dark
         assert figure.caption.endswith(".")
     assert "not clearly different" in by_name["win_rate"].caption  # the interval holds 50%
+    gold = by_name["overoptimisation"].caption
+    assert "0.10 (95% interval 0.02 to 0.19) below its peak at n = 2." in gold
+    assert "its highest: no over-optimisation up to √KL 2.0." in gold
     assert "73% on movies (one person: 83%)" in by_name["reward_model"].caption
     assert "calibration error is 3.4 points" in by_name["calibration"].caption
     assert "55% of the pairs that people rated almost alike" in by_name["reward_errors"].caption
@@ -105,6 +110,43 @@ def test_page_says_what_length_and_an_ensemble_have_to_do_with_it(results: Resul
         assert word in text
     del results["reward_model"]["movies"]["ensemble"]
     assert "disagreeing third" not in _parse(render(results, [], recipe_yaml="")).text
+
+
+def test_page_says_what_rlhf_costs(results: Results) -> None:
+    page = render(results, [], recipe_yaml="")
+    text = _parse(page).text
+    for word in ("41.5", "39.0 to 44.0", "+0.125", "-0.250", "2 (peak)", "12.5%", "score +2.25"):
+        assert word in text
+    assert "marked: repetition" in text and "one <word> often" in text
+    results |= {"overoptimisation": None}
+    assert "Over-optimisation" not in _parse(render(results, [], recipe_yaml="")).text
+
+
+def test_a_model_of_another_run_stands_in_the_table(results: Results) -> None:
+    results["variety"]["<guest>"] = {"distinct_1": {"value": 0.987, "low": 0.9, "high": 1.0}}
+    assert "<guest>–0.99" in _parse(render(results, [], recipe_yaml="")).text
+
+
+def test_a_model_of_another_run_stands_in_the_figure(results: Results) -> None:
+    table = {
+        "win_rate": {"ppo_ptx": {"sft": 0.6, "ppo": 0.4}, "sft": {"ppo_ptx": 0.4}},
+        "win_rate_interval": {"ppo_ptx": {"sft": [0.55, 0.7], "ppo": [0.3, 0.5]}, "sft": {}},
+    }
+    results["battles"] = {"judges": {"a judge of its own": table}}
+    figure = win_rates(results)
+    assert figure is not None
+    said = "PPO-ptx is preferred to SFT on 60% of the prompts by a judge of its own"
+    assert said in figure.caption
+
+
+def test_every_table_has_a_caption_and_headers(results: Results) -> None:
+    page = render(results, [], recipe_yaml="")
+    tables = re.findall(r"<table>.*?</table>", page, re.DOTALL)
+    assert len(tables) >= 10
+    for table in tables:
+        assert re.match(r"<table><caption>[^<]{10,}</caption><thead><tr><th scope=.col.>", table)
+        body = table[table.index("<tbody>") :]
+        assert body.count("<tr>") == body.count('<tr><th scope="row">') > 0
 
 
 def test_battles_have_ratings_pairs_lengths_and_positions(
@@ -136,8 +178,15 @@ def test_base_and_sft_alone_make_a_report(results: Results, curves: Curves) -> N
         "kl_ref_per_response",
         "held_out_loss",
         "ratings",
+        "entropy_intervals",
+        "alignment_tax",
+        "variety",
     ):
         del results[key]["ppo"], results[key]["dpo"]
+    for name in ("ppo", "dpo"):
+        del results["hacking"]["shares"][name]
+    results |= {"few_shot": None, "overoptimisation": None}
+    results["hacking"] |= {"trained": "sft", "judge": "vader", "gains": [], "marked": []}
     for table in (results["win_rate_vs_sft"], results["intervals"]["win_rate_vs_sft"]):
         for judges in table.values():
             judges.pop("reward", None)
@@ -164,12 +213,24 @@ def test_one_model_alone_makes_a_report(results: Results) -> None:
             "entropy_nats_per_token",
             "kl_ref_per_response",
             "ratings",
+            "entropy_intervals",
+            "variety",
         )
     }
     results |= alone | {
         "reference": "base",
         "judges": ["vader"],
         "held_out_loss": {"base": {}},
+        "alignment_tax": {},
+        "few_shot": None,
+        "overoptimisation": None,
+        "hacking": {
+            **results["hacking"],
+            "shares": {"base": results["hacking"]["shares"]["base"]},
+            "trained": "base",
+            "gains": [],
+            "marked": [],
+        },
         "win_rate_vs_base": {"base": {"vader": 0.5}},
         "samples": [],
         "reward_model": {},

@@ -14,7 +14,7 @@ from rayrlhf.config import Recipe, RecipeError, RewardConfig
 from rayrlhf.data.datasets import Comparison
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training import loop
-from rayrlhf.training.reward import RewardStage, member_seed
+from rayrlhf.training.reward import RewardStage, member_seed, train_reward
 from tests.training.conftest import write_jsonl
 from tests.training.ranks import Run, run_on_ranks
 
@@ -184,6 +184,31 @@ def test_members_of_an_ensemble_differ_and_resume(
     assert torch.equal(scores[0], scores_of(plain.path / "reward" / "final", RewardStage(plain)))
     for one, other in itertools.combinations(scores, 2):
         assert float((one - other).abs().max()) > 1e-3
+
+
+def test_the_gold_model_learns_from_its_own_comparisons(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands behind the members of the ensemble, and a text of the proxy's data is refused."""
+    other = {"prompt": "A", "responses": [" film", " law"], "ranks": [1, 2]}
+    path = write_jsonl(tmp_path / "gold.jsonl", [other, {**other, "responses": [" x", " law x"]}])
+    recipe = make_recipe(reward={"num_members": 2, "gold": {"train": path}})
+    assert [str(f.relative_to(recipe.path)) for f in RewardStage.finals(recipe)][1:] == [
+        "reward/members/01/final",
+        "reward/gold/final",
+    ]
+    proxy, member, gold = RewardStage.runs(recipe)
+    assert (len(gold.train), len(gold.validation)) == (2, 0)
+    assert len(member.train) == len(proxy.train) > 2
+    assert len({stage.recipe.seed for stage in (proxy, member, gold)}) == 3
+    assert gold.folder == recipe.path / "reward" / "gold"
+    monkeypatch.setattr("rayrlhf.training.reward.train_stage", lambda *_: recipe.path)
+    assert train_reward(recipe) == recipe.path
+    shared = write_jsonl(tmp_path / "shared.jsonl", [{**other, "responses": [" good", " x"]}])
+    with pytest.raises(RecipeError, match=r"shared\.jsonl: 1 of its texts are in .*'A good'"):
+        train_reward(make_recipe("b", reward={"gold": {"train": shared}}))
+    with pytest.raises(RecipeError, match="shared.jsonl: 1 of its texts"):
+        train_reward(make_recipe("c", reward={"gold": {"train": path, "validation": shared}}))
 
 
 def test_seeds_of_members_are_no_other_runs() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from rayrlhf.evaluation.plots.battles import ratings
 from rayrlhf.evaluation.plots.canvas import Figure, Records
-from rayrlhf.evaluation.plots.models import entropy, win_rates
+from rayrlhf.evaluation.plots.models import entropy
+from rayrlhf.evaluation.plots.overoptimisation import overoptimisation
+from rayrlhf.evaluation.plots.preference import win_rates
 from rayrlhf.evaluation.plots.reward_errors import reward_errors
 from rayrlhf.evaluation.plots.reward_model import calibration, reward_model
 from rayrlhf.evaluation.plots.training import ppo, reward_against_kl, training
@@ -20,6 +22,7 @@ def figures(results: Mapping[str, Any], curves: Mapping[str, Records]) -> list[F
     """Draw every figure that the results and the metrics of the stages (by name) allow."""
     drawn = [
         win_rates(results),
+        overoptimisation(results),
         ratings(results),
         reward_against_kl(curves.get("ppo", ())),
         reward_model(results),
