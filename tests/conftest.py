@@ -24,6 +24,19 @@ SENTENCES = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process of pytest-xdist do all files that start Ray or other processes.
+
+    Each of the other files goes to a process as a whole, for the fixtures of its module.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    large = {item.path for item in items if any(map(item.get_closest_marker, ("ray", "slow")))}
+    for item in items:
+        group = "machine" if item.path in large else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tests measure results, not speed; one thread each keeps two cores free of contention."""
