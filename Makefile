@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= configs/quickstart.yaml
 ARGS ?=
-# Processes of pytest: in one the tests that start Ray, in the others all else. 0: all in one, for --pdb.
+# Processes of pytest: one for the files that start Ray, the others for the rest; 0 for --pdb.
 JOBS ?= 2
 # Where the CPU build of torch is, when the package indexes that pip is set up with lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
