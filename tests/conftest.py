@@ -25,15 +25,15 @@ SENTENCES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process of pytest-xdist do all files that start Ray or other processes.
+    """Let one process of pytest-xdist do all files that start Ray: a cluster takes the machine.
 
     Each of the other files goes to a process as a whole, for the fixtures of its module.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    large = {item.path for item in items if any(map(item.get_closest_marker, ("ray", "slow")))}
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
     for item in items:
-        group = "machine" if item.path in large else item.path.stem
+        group = "ray" if item.path in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 
