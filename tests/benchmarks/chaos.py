@@ -278,11 +278,10 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of who dies when")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="8 small steps, two deaths")
+    parser.add_argument("--quick", action="store_true", help="8 steps, two deaths")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.save_every = 8, 3
-        args.overrides = ["ppo.batch_size=32", *args.overrides]
     if args.folder is not None:
         report(args, args.folder)
         return
