@@ -13,7 +13,7 @@ UV ?= uv
 
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --max-worker-restart 0
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-deps --no-compile
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
