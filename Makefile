@@ -5,12 +5,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= configs/quickstart.yaml
 ARGS ?=
+# Processes of pytest: one for the files that start Ray, the others for the rest; 0 for --pdb.
+JOBS ?= 2
 # Where the CPU build of torch is, when the package indexes that pip is set up with lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 UV ?= uv
 
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --max-worker-restart 0
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-deps --no-compile
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -30,10 +33,10 @@ quickstart: $(VENV)/installed ## the whole road on human ratings: data to report
 	@$(BIN)/rayrlhf pipeline $(RECIPE) $(ARGS)
 
 test: $(VENV)/installed ## every test; choose some with ARGS="-k packing"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-unit: $(VENV)/installed ## the tests that need neither Ray nor patience
-	@$(BIN)/python -m pytest -m "not ray and not slow" $(ARGS)
+	@$(PYTEST) -m "not ray and not slow" $(ARGS)
 
 lint: $(VENV)/installed ## ruff, mypy over the whole package, codespell
 	@$(BIN)/ruff check .

@@ -9,6 +9,7 @@ os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that a test did not 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,26 @@ SENTENCES = (
     "The senate voted on the new law today.",
     "so happy today :)",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process of pytest-xdist do all files that start Ray: a cluster takes the machine.
+
+    Each of the other files goes to a process as a whole, for the fixtures of its module.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    root = config.rootpath
+    tests = root.glob("tests/**/test_*.py")
+    with_ray = {str(file.relative_to(root)) for file in tests if "mark.ray" in file.read_text()}
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file in with_ray else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

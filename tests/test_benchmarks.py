@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = sorted((Path(__file__).parent / "benchmarks").glob("*.py"))
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_benchmark_ends_with_its_figures(path: Path) -> None:

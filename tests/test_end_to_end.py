@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rayrlhf import lineage
 from rayrlhf.metrics import read_jsonl
 from tests import toy
 
@@ -139,17 +141,28 @@ def test_a_second_run_does_nothing(finished: tuple[Path, str]) -> None:
     assert time.monotonic() - start < 30
 
 
-def run_and_kill(recipe: Path, stage: str, step: int) -> None:
+def copy_without(run: Path, copy: Path, *stages: str) -> None:
+    """Copy a run as if these stages had never begun."""
+    shutil.copytree(run, copy)
+    for stage in stages:
+        shutil.rmtree(copy / Path(lineage.OUTPUTS[stage]).parts[0])
+    for name in ("lineage.json", lineage.BEGUN):
+        entries = lineage.read_json(copy / name)
+        left = {stage: entry for stage, entry in entries.items() if stage not in stages}
+        lineage.write_json(copy / name, left)
+
+
+def run_and_kill(recipe: Path, run: Path, stage: str, step: int, *overrides: str) -> None:
     """Start the pipeline, and kill its whole process group once `stage` has passed `step`."""
-    log = (recipe.parent / "killed.log").open("a")
+    log = (run.parent / "killed.log").open("a")
     process = subprocess.Popen(
-        toy.command("pipeline", recipe),
+        toy.command("pipeline", recipe, *overrides),
         env=toy.environment(),
         stdout=log,
         stderr=log,
         start_new_session=True,
     )
-    path = recipe.parent / "run" / stage / "metrics.jsonl"
+    path = run / stage / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while len(read_jsonl(path)) < step:
         assert process.poll() is None, f"ended before {stage} step {step}"
@@ -163,18 +176,32 @@ def run_and_kill(recipe: Path, stage: str, step: int) -> None:
 def test_killed_at_any_time_it_resumes_to_the_same_numbers(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    recipe = toy.write_recipe(tmp_path)
+    """SFT is not begun again: it is of this base model only if that has the same bytes."""
+    recipe, run = finished[0], tmp_path / "run"
+    whole = recipe.parent / "run"
+    copy_without(whole, run, "pretrain", "reward", "dpo", "ppo", "evaluate")
+    overrides = (f"run_dir={run}", "evaluate=null")
     for stage, step in (("pretrain", 13), ("reward", 8), ("dpo", 7), ("ppo", 3)):
-        run_and_kill(recipe, stage, step)
-    done = toy.run("pipeline", recipe)
+        run_and_kill(recipe, run, stage, step, *overrides)
+    done = toy.run("pipeline", recipe, *overrides)
     assert done.returncode == 0, done.stderr
     for stage in STAGES:
-        assert metrics(tmp_path / "run", stage) == metrics(finished[0].parent / "run", stage), stage
+        assert metrics(run, stage) == metrics(whole, stage), stage
+    made, expected = (lineage.read_json(folder / "lineage.json") for folder in (run, whole))
+    for stage in ("corpus", *STAGES):
+        assert made[stage]["outputs"] == expected[stage]["outputs"], stage
+    assert made["sft"]["finished"] == expected["sft"]["finished"]
 
 
-def test_ray_job_submit(tmp_path: Path) -> None:
-    """A local cluster, started as on a real one, and the README's command with all stages."""
-    recipe = toy.write_recipe(tmp_path)
+def test_ray_job_submit(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """A local cluster, started as on a real one, and the README's command.
+
+    Ray Data, Ray Train, PPO and the evaluation run there. What the cluster makes of the corpus and
+    of SFT has the bytes that one machine made: the stages that read it are unchanged.
+    """
+    recipe, run = finished[0], tmp_path / "run"
+    copy_without(recipe.parent / "run", run, "corpus", "sft", "ppo", "evaluate")
+    shutil.rmtree(run / "tokenizer")
     temp = Path("/tmp") / f"ray-{os.getpid()}"
     port, dashboard = 6399, 8399
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -211,6 +238,7 @@ def test_ray_job_submit(tmp_path: Path) -> None:
                 toy.command()[0],
                 "jobs/pipeline.py",
                 str(recipe),
+                f"run_dir={run}",
                 *overrides,
             ],
             env=env,
@@ -228,7 +256,11 @@ def test_ray_job_submit(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, output_of(done)
             time.sleep(2)
         assert done.returncode == 0, output_of(done)
-        check_results(tmp_path / "run", "ppo")
+        for stage in ("pretrain", "reward", "dpo"):
+            assert f"{stage:>9} unchanged, nothing to do" in output_of(done)
+        for stage in ("corpus", "sft", "ppo", "evaluate"):
+            assert f"{stage:>9} done in" in output_of(done)
+        check_results(run, "ppo")
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:

@@ -120,3 +120,13 @@ def test_help_is_fast_and_light() -> None:
         assert said.stdout.rstrip().endswith("[]")
         assert "pipeline" in said.stdout
     assert min(seconds) < 1.0
+
+
+def test_what_other_processes_import_first_is_light() -> None:
+    """A controller of Ray Train and the tasks of a corpus: none of them computes with tensors."""
+    code = (
+        "import sys, rayrlhf.training.failures, rayrlhf.data.documents, rayrlhf.data.mixture\n"
+        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.rstrip() == "[]"

@@ -9,16 +9,18 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from rayrlhf.config import RecipeError
 from rayrlhf.data.buckets import write_batches
 from rayrlhf.data.storage import open_file
+
+if TYPE_CHECKING:
+    import torch
 
 Rows = npt.NDArray[np.int32]
 BYTES_HASHED = 2**30
@@ -108,8 +110,10 @@ class PackedRows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
+    def __getitem__(self, indices: Sequence[int]) -> "torch.Tensor":
         """Return the rows at `indices`: (n, T) int64."""
+        import torch  # only here: tasks of the corpus write rows, and start sooner without it
+
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"row {wanted.min()} to {wanted.max()} of {len(self)}")

@@ -8,14 +8,13 @@ what an uninterrupted one does, bit by bit on CPU with as many workers.
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 from torch import nn
 
@@ -26,6 +25,7 @@ from rayrlhf.metrics import MetricsLogger, read_jsonl
 from rayrlhf.training import checkpoint
 from rayrlhf.training.backend import Backend, make_backend
 from rayrlhf.training.best import Best, best_of
+from rayrlhf.training.failures import NoSecondTry, cause_of
 from rayrlhf.training.flops import model_flops
 from rayrlhf.training.model_card import write_card
 from rayrlhf.training.stage import Stage, add, padded
@@ -68,13 +68,13 @@ def train_stage(recipe: Recipe, kind: type[Stage]) -> Path:
             name="ray_train",
             storage_path=str(final.parent.resolve()),
             failure_config=FailureConfig(max_failures=resources.max_restarts),
-            callbacks=[_NoSecondTry()],
+            callbacks=[NoSecondTry()],
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _cause(error) from error
+        raise cause_of(error) from error
     for place in finals:
         assert checkpoint.is_complete(place), f"{place} was not written"
         _say_what_was_best(stage, place.parent)
@@ -302,33 +302,3 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class _NoSecondTry(UserCallback):
-    """Ends the run at a worker's RecipeError, which no restart mends, and not after all of them.
-
-    What a callback raises, Ray Train takes for the controller's own error, and those end the run.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        del run_context
-        for error in worker_exceptions.values():
-            if (found := _recipe_error(error)) is not None:
-                raise found
-
-
-def _recipe_error(error: BaseException | None) -> RecipeError | None:
-    """Return the RecipeError in `error` or in what Ray has wrapped it into."""
-    while error is not None and not isinstance(error, RecipeError):
-        error = error.__cause__
-    return error
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """Return the RecipeError that stopped a worker, if it was one, else `error`."""
-    inner: list[Exception] = []
-    if isinstance(error, ray.train.WorkerGroupError):
-        inner = list(error.worker_failures.values())
-    elif isinstance(error, ray.train.ControllerError):
-        inner = [error.controller_failure]
-    return next((found for each in inner if (found := _recipe_error(each))), error)

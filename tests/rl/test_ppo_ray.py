@@ -119,10 +119,14 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scorer]:
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path: Path, tiny_model: Path, endpoint: Scorer
 ) -> None:
-    """Scored by a model, a function and an endpoint."""
+    """Scored by a model, a function and an endpoint.
+
+    In the uninterrupted run the roles take turns, which changes nothing but who waits for whom.
+    """
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     model = engine_model(tmp_path / "model", tiny_model)
     recipes = {folder: make_run(folder, model) for folder in (cut, whole)}
+    recipes[whole]["resources"]["layout"] = "colocated"
     (tmp_path / "style.py").write_text(
         "def vowels(prompts, responses):\n"
         "    return [sum(text.count(vowel) for vowel in 'aeiou') for text in responses]\n"

@@ -91,7 +91,7 @@ def test_a_dripping_answer_is_late_as_a_whole() -> None:
         def do_POST(self) -> None:
             self.send_response(200)
             self.end_headers()
-            for _ in range(40):
+            for _ in range(200):
                 self.wfile.write(b" ")
                 self.wfile.flush()
                 time.sleep(0.05)
@@ -107,7 +107,7 @@ def test_a_dripping_answer_is_late_as_a_whole() -> None:
     begun = time.monotonic()
     with pytest.raises(EndpointDown, match="did not answer within"):
         scorer.submit(["a"], ["b"]).result(timeout=20)
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 5  # of 10
     server.shutdown()
     server.server_close()
 

@@ -77,7 +77,7 @@ def test_what_comes_too_late_is_dropped_and_rolled_out_again() -> None:
 
 def test_weights_come_in_the_middle_of_a_response() -> None:
     """`interrupt`: an engine says which versions made a response; no batch starts on old ones."""
-    engine = StubRollout([0.2])
+    engine = StubRollout([0.6])
     cfg = config(max_staleness=1, interrupt=True)
     stream = make_stream(cfg, stub_roles([engine]), PROMPTS)
     versions = []
@@ -85,7 +85,7 @@ def test_weights_come_in_the_middle_of_a_response() -> None:
         stream.advance(step, version=step)
         rollout, _ = stream.take(step)
         versions.append((int(rollout.weight_versions[0]), int(rollout.last_versions[0])))
-        time.sleep(0.1)
+        time.sleep(0.3)
     assert versions == [(0, 0), (0, 1), (1, 2), (2, 3)]
 
 
