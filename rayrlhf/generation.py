@@ -268,6 +268,9 @@ def engine_arguments(  # noqa: PLR0913 (vLLM has these knobs)
         arguments["enable_sleep_mode"] = sleeps
     else:
         arguments["kv_cache_memory_bytes"] = int(memory_gib * 2**30)
+        # A prompt that is read in two steps takes back the random number of the first, and the
+        # generators of a CPU cannot.
+        arguments["enable_chunked_prefill"] = False
     return arguments
 
 

@@ -58,6 +58,11 @@ from vllm.inputs import TokensPrompt
 again, = engine._llm.generate([TokensPrompt(prompt_token_ids=long[0])],
                               SamplingParams(max_tokens=1), use_tqdm=False)
 out["cached_tokens"] = again.num_cached_tokens
+# More tokens of prompts than the engine reads in a step.
+many = [[2 + (i * i + j * (i + 3)) % 290 for j in range(280 + i % 8)] for i in range(30)]
+together = engine.generate(many, temperature=1.0, max_tokens=4, seeds=list(range(30)))
+alone = engine.generate(many[-1:], temperature=1.0, max_tokens=4, seeds=[29])
+out["long_prompts"] = [sum(map(len, many)), together[-1].token_ids == alone[0].token_ids]
 
 new = CausalLMModel(load_causal_lm(changed))
 weights = [(name, tensor.numpy()) for name, tensor in named_weights(new)]
@@ -219,6 +224,12 @@ def test_incomplete_weights_are_refused(found: dict[str, Any]) -> None:
     assert found["incomplete"] == "weights of version 7 lack model.embed_tokens.weight"
     assert "shape" in found["misshapen"]
     assert found["kept"]
+
+
+@pytest.mark.slow
+def test_prompts_of_more_tokens_than_a_step_reads(found: dict[str, Any]) -> None:
+    num_tokens, is_same = found["long_prompts"]
+    assert num_tokens > 2 * 4096 and is_same
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from rayrlhf.evaluation.judges import Answer
 from rayrlhf.generation import Engine
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 
-PROMPT_TOKENS = 2048
-"""Of all prompts of one call of the engine: half of what vLLM 0.32 reads in a step on a CPU."""
 _ANSWERS = 1
 """Stream of the random numbers of one answer to each prompt."""
 Prompt = tuple[str, list[int]]
@@ -66,22 +63,14 @@ class Answerer:
         gc.collect()
 
     def answer(self, prompts: Sequence[Prompt], *, seeds: Sequence[int]) -> list[Answer]:
-        """Sample an answer to each prompt; `seeds[i]` alone decides the i-th one's randomness.
-
-        Prompts go to the engine by PROMPT_TOKENS at once: of more, vLLM reads one in two parts, and
-        on a CPU then fails to take back the random number that the first part used up.
-        """
+        """Sample an answer to each prompt; `seeds[i]` alone decides the i-th one's randomness."""
         assert self._engine is not None, "load a model first"
-        completions = [
-            done
-            for part in in_turn([len(ids) for _, ids in prompts], PROMPT_TOKENS)
-            for done in self._engine.generate(
-                [prompts[i][1] for i in part],
-                seeds=[seeds[i] for i in part],
-                max_tokens=self._cfg.max_response_tokens,
-                temperature=self._cfg.temperature,
-            )
-        ]
+        completions = self._engine.generate(
+            [ids for _, ids in prompts],
+            seeds=seeds,
+            max_tokens=self._cfg.max_response_tokens,
+            temperature=self._cfg.temperature,
+        )
         return [
             Answer(
                 text,
@@ -115,20 +104,6 @@ def answer_prompts(
     for name, folder in models.items():
         answerer.load(folder)
         yield name, answerer.answer(prompts, seeds=seeds)
-
-
-def in_turn(lengths: Sequence[int], budget: int) -> list[range]:
-    """Cut positions, in order, into parts whose lengths add up to at most the budget.
-
-    One over the budget stands alone.
-    """
-    starts, total = [0], 0
-    for position, length in enumerate(lengths):
-        if total and total + length > budget:
-            starts.append(position)
-            total = 0
-        total += length
-    return [range(*ends) for ends in pairwise([*starts, len(lengths)])]
 
 
 def answer_seeds(seed: int, stream: int, num: int) -> list[int]:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rayrlhf.config import FewShotConfig
 from rayrlhf.data.tokenizer import encode_text
-from rayrlhf.evaluation.answering import Prompt, in_turn
+from rayrlhf.evaluation.answering import Prompt
 from rayrlhf.evaluation.few_shot import as_answers, with_demonstrations
 from rayrlhf.evaluation.judges import Answer
 
@@ -71,14 +71,3 @@ def test_an_answer_ends_where_the_next_example_would_begin(
     assert (whole.response, whole.ended, whole.prompt_ids) == (text, False, prompt[1])
     [plain] = as_answers([given], [prompt], tokenizer, FewShotConfig(separator=None))
     assert plain.response == text
-
-
-def test_prompts_go_to_the_engine_in_parts_that_it_reads_whole() -> None:
-    assert in_turn([3, 3, 4, 9, 2, 20, 1], 10) == [
-        range(0, 3),
-        range(3, 4),
-        range(4, 5),
-        range(5, 6),
-        range(6, 7),
-    ]
-    assert in_turn([1] * 5, 10) == [range(5)]
