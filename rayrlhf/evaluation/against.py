@@ -104,9 +104,12 @@ def measures(results: Results) -> Iterator[tuple[Key, Measured]]:
                 yield (name, model), Measured(rate, tuple(bounds[model][judge]))
     for model, rating in results["ratings"].items():
         if model != reference:
-            yield ("rating", model), Measured(rating["elo"], (rating["low"], rating["high"]))
+            yield (
+                (f"rating against {MODELS[reference]}", model),
+                Measured(rating["elo"], (rating["low"], rating["high"])),
+            )
     for model, nats in results["kl_ref_per_response"].items():
-        yield ("KL, nats per response", model), Measured(nats)
+        yield (f"KL from {MODELS[reference]}, nats per response", model), Measured(nats)
     yield from _costs(results)
     for source, row in results["reward_model"].items():
         yield ("reward model's pair accuracy", source), Measured(row["pair_accuracy"])

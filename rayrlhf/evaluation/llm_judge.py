@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rayrlhf import console
 from rayrlhf.config import JudgeConfig, RecipeError, api_url
 from rayrlhf.evaluation.verdicts import VerdictCache, key_of_request
-from rayrlhf.external.endpoints import Endpoint, EndpointDown, authorization, quoted
+from rayrlhf.external.endpoints import Endpoint, EndpointDown, Refused, authorization, quoted
 
 Floats = npt.NDArray[np.float64]
 
@@ -120,7 +120,7 @@ class LLMJudge:
             )
         ]
         pool = ThreadPoolExecutor(self._judge.max_pending)
-        asked = {order: pool.submit(self._verdict, *order) for order in dict.fromkeys(orders)}
+        asked = {order: pool.submit(self._try, *order) for order in dict.fromkeys(orders)}
         try:
             self._wait(list(asked.values()))
         except EndpointDown as error:
@@ -149,6 +149,16 @@ class LLMJudge:
                     "verdicts"
                 )
 
+    def _try(self, prompt: str, a: str, b: str) -> str | None:
+        """Return the like of `_verdict`; None, too, where this very question is refused.
+
+        An answer longer than the judge's context, or one that a filter stops, is one battle less.
+        """
+        try:
+            return self._verdict(prompt, a, b)
+        except Refused:
+            return None
+
     def _verdict(self, prompt: str, a: str, b: str) -> str | None:
         """Return A, B or C; None where no reply holds a verdict."""
         messages = [
@@ -167,8 +177,13 @@ class LLMJudge:
                 self._cache.add(key, found[-1], reply)
                 return str(found[-1])
             # The same question would get the same reply from a model that is not sampled.
-            said = [{"role": "assistant", "content": reply}] if reply.strip() else []
-            body["messages"] = [*messages, *said, {"role": "user", "content": REMINDER}]
+            if reply.strip():
+                said = {"role": "assistant", "content": reply}
+                body["messages"] = [*messages, said, {"role": "user", "content": REMINDER}]
+            else:  # many templates want the roles in turn
+                system, user = messages
+                more = {**user, "content": f"{user['content']}\n\n{REMINDER}"}
+                body["messages"] = [system, more]
         return None
 
     def _reply(self, body: dict[str, Any]) -> str:

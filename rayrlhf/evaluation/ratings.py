@@ -29,6 +29,10 @@ Z = 1.959964
 """Standard deviations on either side that hold 95% of a normal distribution."""
 
 
+EVEN = 1e-6
+"""Difference of two scores that is rounding."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with the bounds of its 95% interval."""
@@ -39,9 +43,13 @@ class Interval:
 
 
 def outcomes(scores: Floats) -> Floats:
-    """Return (N, M, M) from scores (N prompts, M models): 1 where i beats j, 0.5 tie, 0 loss."""
+    """Return (N, M, M) from scores (N prompts, M models): 1 where i beats j, 0.5 tie, 0 loss.
+
+    A gap below `EVEN` is a tie: of the same answer in two batches a model's scores differ by as
+    much.
+    """
     gap = scores[:, :, None] - scores[:, None, :]
-    return (np.sign(gap) + 1.0) / 2.0
+    return (np.sign(gap) * (np.abs(gap) > EVEN) + 1.0) / 2.0
 
 
 def win_rate(scores: Floats, rival_scores: Floats) -> Interval:

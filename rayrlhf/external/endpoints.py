@@ -20,8 +20,14 @@ from rayrlhf.config import RecipeError, backoff_s
 
 PASSING = (408, 429)
 """Errors below 500 that may pass."""
+REFUSED = (400, 413, 422)
+"""Errors that speak of what was sent: another body may be answered."""
 LONGEST_ANSWER = 1 << 24
 """Bytes of an answer that are read at most."""
+
+
+class Refused(RecipeError):
+    """An endpoint does not take this body."""
 
 
 class EndpointDown(RuntimeError):
@@ -66,8 +72,8 @@ class Endpoint:
     def ask(self, body: Mapping[str, Any]) -> Any:
         """Return the JSON that `body` is answered with, asked for again where that may help.
 
-        Raises RecipeError for an error that stays and an answer that is not JSON, EndpointDown for
-        errors that did not pass.
+        Raises RecipeError for an error that stays and an answer that is not JSON, Refused among
+        these where another body may be answered, EndpointDown for errors that did not pass.
         """
         answer = self._ask(json.dumps(body).encode())
         try:
@@ -83,7 +89,8 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 said = f"it answered {error.code} {error.reason}{quoted(_head_of(error))}"
                 if error.code < 500 and error.code not in PASSING:
-                    raise RecipeError(f"{self.key}: {said}{self._advice(error)}") from None
+                    kind = Refused if error.code in REFUSED else RecipeError
+                    raise kind(f"{self.key}: {said}{self._advice(error)}") from None
             except (OSError, http.client.HTTPException) as error:
                 said = _reason(error, self.timeout_s)
             if attempt + 1 == attempts:

@@ -285,15 +285,17 @@ class TrainedWorker(ModelWorker, ABC):
         Where `updates` follows in this step, graphs of the first minibatch are kept: its weights
         are those that `update` starts from, so that a forward pass serves both. They are as many
         as take together the memory of one micro-batch, which training needs anyway, and they come
-        last, next to their backward passes.
+        last, next to their backward passes. Where a forward gathers weights from all ranks it is
+        one: all ranks have to keep alike, and ZeRO-3 gives weights back for one graph only.
         """
         self._kept, self.evaluated = {}, step
         lengths, room = reader.rollout.lengths, self.training.tokens_per_microbatch
         parts = [part for _, part in self.minibatches_of(reader.rollout, step, epoch=0)]
+        gathers = self.training.backend == "fsdp" or self.training.zero_stage == 3
         kept = 0
         for number, group in enumerate(parts[0] if updates else []):
             room -= len(group) * max((lengths[row] for row in group), default=0)
-            if number and room < 0:
+            if number and (gathers or room < 0):
                 break
             kept += 1
         groups = [group for part in parts for group in part]

@@ -151,9 +151,18 @@ def run_trl(folder: Path, seed: int, num_steps: int) -> list[tuple[float, float]
                 found.append((logs["objective/scores"], logs["objective/kl"]))
 
     torch.set_num_threads(1)
+    # TRL takes a padding token that the policy samples for the end of the response, free of charge,
+    # so that its own is one more token, which is never sampled.
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    tokenizer.add_special_tokens({"pad_token": "<unused>"})
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
     value = AutoModelForSequenceClassification.from_pretrained(folder / "critic", num_labels=1)
+    for model in (policy, reference, value):
+        model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    for model in (policy, reference):
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.register_forward_hook(without(tokenizer.pad_token_id))
     trainer = PPOTrainer(
         PPOConfig(
             output_dir=str(folder / "trl"),
@@ -190,6 +199,18 @@ def run_trl(folder: Path, seed: int, num_steps: int) -> list[tuple[float, float]
     )
     trainer.train()
     return found
+
+
+def without(token: int) -> Any:
+    """Return a hook after which a causal LM never samples `token`."""
+
+    def hook(_: Any, __: Any, found: Any) -> Any:
+        import torch
+
+        found.logits = found.logits.index_fill(-1, torch.tensor([token]), -1e9)
+        return found
+
+    return hook
 
 
 def in_a_process(python: Path | str, side: str, folder: Path, args: argparse.Namespace) -> Any:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rayrlhf.evaluation.length_control import at_equal_lengths, length_controlled
-from rayrlhf.evaluation.ratings import strengths, t_quantile
+from rayrlhf.evaluation.length_control import LengthControlled, at_equal_lengths, length_controlled
+from rayrlhf.evaluation.ratings import Interval, strengths, t_quantile
 
 Floats = npt.NDArray[np.float64]
 
@@ -45,9 +45,37 @@ def test_a_judge_blind_to_length_is_left_alone() -> None:
     assert abs(found.coefficient) < 0.2
 
 
+@pytest.mark.parametrize(
+    ("mean", "spread", "num"),
+    [(100, 5, 100), (200, 8, 50), (500, 1, 1000), (100, 10, 100), (300, 40, 64), (500, 0, 10)],
+)
+def test_one_that_is_longer_in_every_battle_tells_nothing_of_equal_lengths(
+    mean: float, spread: float, num: int
+) -> None:
+    rng = np.random.default_rng(0)
+    found = length_controlled(
+        (rng.random(num) < 0.6).astype(float), rng.normal(mean, spread, num).round()
+    )
+    assert found == LengthControlled(Interval(0.5, 0.0, 1.0), 0.0)
+
+
+@pytest.mark.parametrize("mean", [0.5, 1.0, 1.5, 2.0])
+def test_one_that_is_mostly_longer_has_a_wide_interval_around_the_truth(mean: float) -> None:
+    """The judge is blind to length, so that the truth is 0.6 at any."""
+    rng = np.random.default_rng(1)
+    inside, widths = [], []
+    for _ in range(60):
+        won = (rng.random(200) < 0.6).astype(float)
+        found = length_controlled(won, rng.normal(mean, 1.0, 200)).win_rate
+        inside.append(found.low <= 0.6 <= found.high)
+        widths.append(found.high - found.low)
+    assert np.mean(inside) >= 0.85
+    assert np.mean(widths) > 0.1 * mean
+
+
 def test_without_differences_of_length_it_is_the_win_rate_with_a_tie_more() -> None:
     won = np.array([1.0] * 6 + [0.5] * 2 + [0.0] * 2)
-    found = length_controlled(won, np.full(10, 7.0))
+    found = length_controlled(won, np.zeros(10))
     assert found.win_rate.value == pytest.approx(7.5 / 11, abs=1e-9)
     assert found.coefficient == 0.0
     table = np.stack([np.stack([won * 0, 1 - won], -1), np.stack([won, won * 0], -1)], axis=-2)

@@ -127,11 +127,29 @@ def test_nonsense_is_asked_again_then_counted_and_never_a_tie(tmp_path: Path) ->
     assert len(VerdictCache(tmp_path / "verdicts.jsonl")) == 10  # what is no verdict is not kept
 
 
+def test_a_battle_that_is_refused_is_one_battle_less(tmp_path: Path) -> None:
+    """A filter, or a context that is too short; a key that is wrong ends it."""
+
+    def filtering(body: dict[str, Any], count: int) -> Answer:
+        return (400, {"error": "filter"}) if "Question 3" in str(body) else replying(fair)(body, 0)
+
+    with serving(filtering) as server:
+        won = settle(judge_at(server, tmp_path).judge(BATTLES))
+        assert math.isnan(won[3]) and (np.delete(won, 3) == 1.0).all()
+        server.answer = lambda *_: (401, {})
+        with pytest.raises(RecipeError, match="401"):
+            judge_at(server, tmp_path / "other").judge(BATTLES)
+        server.answer = lambda *_: (400, {})
+        with pytest.raises(RecipeError, match="400"):
+            judge_at(server, tmp_path / "third").try_out()
+
+
 def test_a_reply_without_words_is_no_verdict(tmp_path: Path) -> None:
     with serving(lambda *_: (200, {"choices": [{"message": {"content": None}}]})) as server:
         assert judge_at(server, tmp_path, retries=1).judge(BATTLES[:1]) == [(None, None)]
         # Both orders, each with a reminder the second time, after a reply that is not repeated.
-        assert sorted(len(body["messages"]) for body in server.bodies) == [2, 2, 3, 3]
+        assert [len(body["messages"]) for body in server.bodies] == [2] * 4
+        assert sum(REMINDER in body["messages"][-1]["content"] for body in server.bodies) == 2
         with pytest.raises(RecipeError, match=r"big gives no verdict on 2 tries: raise the limit"):
             judge_at(server, tmp_path, retries=1).try_out()
 
@@ -139,11 +157,11 @@ def test_a_reply_without_words_is_no_verdict(tmp_path: Path) -> None:
 def test_one_that_fails_twice_and_one_that_is_slow_once_are_waited_for(tmp_path: Path) -> None:
     def failing(body: dict[str, Any], count: int) -> Answer:
         if count == 2:
-            time.sleep(1.0)
+            time.sleep(6.0)
         return (503, {"detail": "busy"}) if count < 2 else replying(fair)(body, count)
 
     with serving(failing) as server:
-        judge = judge_at(server, tmp_path, timeout_s=0.4, max_pending=1)
+        judge = judge_at(server, tmp_path, timeout_s=3, max_pending=1)
         assert settle(judge.judge(BATTLES[:1])).tolist() == [1.0]
         assert len(server.bodies) == 5
         assert settle(judge.judge(BATTLES)).tolist() == [1.0] * 6  # and it can be used again

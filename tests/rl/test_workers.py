@@ -132,6 +132,9 @@ def test_graphs_are_kept_within_the_memory_of_one_micro_batch(
     actor = actor_of(own)
     actor.log_probs(rollout, 0)
     assert len(actor._kept) == num_kept
+    actor.training = actor.training.model_copy(update={"backend": "fsdp"})
+    actor.log_probs(rollout, 0)
+    assert len(actor._kept) == 1  # a forward is collective: all ranks keep alike
 
 
 @pytest.mark.parametrize("tokens", [24, 4096])
