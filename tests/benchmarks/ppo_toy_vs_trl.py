@@ -78,7 +78,13 @@ def run_ours(folder: Path, seed: int, num_steps: int) -> list[tuple[float, float
             shares = [torch.tensor([row.count(TOKEN) / len(row)]) for row in rollout.responses()]
             return Rows.of(list(range(len(rollout))), shares)
 
-    role = {"learning_rate": RATE, "min_learning_rate_ratio": 1.0}
+    # TRL's loop clips no gradient, and its AdamW is that of transformers.
+    role = {
+        "learning_rate": RATE,
+        "min_learning_rate_ratio": 1.0,
+        "adam_beta2": 0.999,
+        "grad_clip": 1e9,
+    }
     own = inline_settings(
         folder / "policy",
         folder / "policy",

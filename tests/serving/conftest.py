@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
     programs, as_user = Path(initdb).resolve().parent, []
     if os.geteuid() == 0:  # which PostgreSQL refuses to run as
         shutil.chown(folder, "nobody")
-        for parent in folder.parents[:2]:
+        depth = len(folder.parents) - len(Path(tempfile.gettempdir()).parents) - 1
+        for parent in folder.parents[:depth]:  # pytest's, of which xdist makes one more
             parent.chmod(0o755)
         as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
     data = folder / "data"
