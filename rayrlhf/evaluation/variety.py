@@ -77,15 +77,15 @@ def distinct_interval(texts: Sequence[str], n: int, *, seed: int) -> Interval:
         [numbers.setdefault(gram, len(numbers)) for gram in ngrams(words_of(text), n)]
         for text in texts
     ]
-    holds = np.zeros((len(texts), len(numbers)), dtype=np.float32)
-    for row, ids in enumerate(grams):
-        holds[row, ids] = 1.0
+    flat = np.array([number for ids in grams for number in ids], dtype=np.int64)
+    rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in grams])
     rng = np.random.default_rng(seed)
-    drawn = np.zeros((_HALVES, len(texts)), dtype=np.float32)
-    for half_of_them in drawn:
-        half_of_them[rng.permutation(len(texts))[:half]] = 1.0
-    distinct = (drawn @ holds > 0).sum(axis=1)
-    totals = drawn @ np.array([len(ids) for ids in grams], dtype=np.float32)
-    shares = distinct / np.maximum(totals, 1.0)
+    shares = np.zeros(_HALVES)
+    for number in range(_HALVES):
+        is_drawn = np.zeros(len(texts), dtype=bool)
+        is_drawn[rng.permutation(len(texts))[:half]] = True
+        held = flat[is_drawn[rows]]
+        distinct = np.count_nonzero(np.bincount(held, minlength=1))
+        shares[number] = distinct / max(1, len(held))
     low, high = bounds(value + shares - shares.mean())
     return Interval(value, max(0.0, low), min(1.0, high))
