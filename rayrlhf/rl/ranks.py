@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -283,21 +284,12 @@ class TrainedWorker(ModelWorker, ABC):
         """Yield the micro-batches of the first epoch with what `outputs` says of them.
 
         Where `updates` follows in this step, graphs of the first minibatch are kept: its weights
-        are those that `update` starts from, so that a forward pass serves both. They are as many
-        as take together the memory of one micro-batch, which training needs anyway, and they come
-        last, next to their backward passes. Where a forward gathers weights from all ranks it is
-        one: all ranks have to keep alike, and ZeRO-3 gives weights back for one graph only.
+        are those that `update` starts from, so that a forward pass serves both. They come last,
+        next to their backward passes.
         """
         self._kept, self.evaluated = {}, step
-        lengths, room = reader.rollout.lengths, self.training.tokens_per_microbatch
         parts = [part for _, part in self.minibatches_of(reader.rollout, step, epoch=0)]
-        gathers = self.training.backend == "fsdp" or self.training.zero_stage == 3
-        kept = 0
-        for number, group in enumerate(parts[0] if updates else []):
-            room -= len(group) * max((lengths[row] for row in group), default=0)
-            if number and (gathers or room < 0):
-                break
-            kept += 1
+        kept = self._num_graphs(parts[0], reader.rollout.lengths) if updates else 0
         groups = [group for part in parts for group in part]
         for number, group in reversed(list(enumerate(groups))):
             micro = reader.tokens(group).to(self.device)
@@ -307,6 +299,19 @@ class TrainedWorker(ModelWorker, ABC):
             if number < kept:
                 self._kept[tuple(group)] = found
             yield micro, found
+
+    def _num_graphs(self, groups: list[list[int]], lengths: list[int]) -> int:
+        """Return how many of the first micro-batches may keep their graphs at the same time.
+
+        As many as take together the memory of one micro-batch, which training needs anyway. Where a
+        forward gathers weights from all ranks it is one: all ranks have to keep alike, and ZeRO-3
+        gives weights back for one graph only.
+        """
+        if self.training.backend == "fsdp" or self.training.zero_stage == 3:
+            return min(1, len(groups))
+        sizes = [len(group) * max((lengths[row] for row in group), default=0) for group in groups]
+        within = sum(size <= self.training.tokens_per_microbatch for size in accumulate(sizes))
+        return min(max(1, within), len(groups))
 
     def kept_or_new(self, micro: TokenBatch, step: int, *, with_metrics: bool) -> Any:
         """Return `outputs` with their graph: those that `forward_once` kept, or new ones."""
