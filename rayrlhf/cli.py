@@ -25,6 +25,7 @@ COMMANDS = {
     "reward": "train the reward model on ranked completions",
     "dpo": "train the policy on ranked completions, without a reward model",
     "ppo": "train the policy against the reward model",
+    "rounds": "iterate: judge the policy's answers, refit the reward model, go on with PPO",
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)
         return 2
+    except run_dir.PeopleNeeded as wait:
+        print(f"rayrlhf: {wait}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rayrlhf: interrupted; the same command resumes", file=sys.stderr)
         return 1
@@ -145,6 +149,10 @@ def _function(stage: str) -> "Callable[[Recipe], Path]":
         from rayrlhf.rl.ppo import train_ppo
 
         return train_ppo
+    if stage == "rounds":
+        from rayrlhf.rounds.run import iterate
+
+        return iterate
     from rayrlhf.evaluation.evaluate import evaluate
 
     return evaluate
@@ -156,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayrlhf",
         usage="rayrlhf COMMAND RECIPE [key.sub=value ...]",
         description="Train a GPT assistant the whole way on Ray: pretraining, SFT, reward model, "
-        "DPO, PPO, evaluation, labelling.",
+        "DPO, PPO, iterated RLHF, evaluation, labelling.",
         epilog=f"commands:\n{commands}\n\nexample:\n"
         "  rayrlhf pipeline configs/quickstart.yaml ppo.steps=20",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -37,8 +37,11 @@ OUTPUTS = {
     "reward": "reward/final",
     "dpo": "dpo/final",
     "ppo": "ppo/final",
+    "rounds": "rounds/rounds.json",
     "evaluate": "evaluation/results.json",
 }
+ROUND = ("reward", "ppo")
+"""Stages of a round."""
 GOLD = "reward/gold/final"
 """The reward model of `reward.gold`, which PPO never sees."""
 # What else has to stand for a stage to be complete.
@@ -51,7 +54,8 @@ UPSTREAM = {
     "reward": ("corpus", "pretrain", "sft"),
     "dpo": ("corpus", "pretrain", "sft"),
     "ppo": ("corpus", "pretrain", "sft", "reward"),
-    "evaluate": ("corpus", "pretrain", "sft", "reward", "dpo", "ppo"),
+    "rounds": ("corpus", "pretrain", "sft", "reward", "ppo"),
+    "evaluate": ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "rounds"),
 }
 SECTIONS = {
     "corpus": ("tokenizer", "corpus"),
@@ -60,6 +64,7 @@ SECTIONS = {
     "reward": ("tokenizer", "model", "reward"),
     "dpo": ("tokenizer", "model", "dpo"),
     "ppo": ("tokenizer", "model", "ppo"),
+    "rounds": ("tokenizer", "model", "reward", "ppo", "rounds"),
     "evaluate": ("tokenizer", "model", "evaluate"),
 }
 
@@ -151,7 +156,27 @@ def outputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "reward":
         has_gold = recipe.reward is not None and recipe.reward.gold is not None
         return (*reward_models(recipe), *([GOLD] if has_gold else []))
+    if stage == "rounds":
+        models = [f"{round_folder(n)}/{OUTPUTS[s]}" for n in rounds_of(recipe) for s in ROUND]
+        return (OUTPUTS[stage], *models)
     return (OUTPUTS[stage], *MORE_OUTPUTS.get(stage, ()))
+
+
+def rounds_of(recipe: Recipe) -> range:
+    """Return the numbers of the recipe's rounds, from 1."""
+    return range(1, 1 + (recipe.rounds.num_rounds if recipe.rounds is not None else 0))
+
+
+def round_folder(number: int) -> str:
+    """Return the folder of a round in the run directory, itself the run directory of its stages."""
+    return f"rounds/{number:02d}"
+
+
+def round_policies(recipe: Recipe) -> dict[str, str]:
+    """Return the policies of the recipe's rounds: name -> folder."""
+    return {
+        f"round-{n}": str(recipe.path / round_folder(n) / OUTPUTS["ppo"]) for n in rounds_of(recipe)
+    }
 
 
 def reward_models(recipe: Recipe) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ def prepare(recipe: Recipe) -> None:
     builtin.prepare(recipe)
     session.connect(recipe)
     for stage in recipe.stages:
+        if stage == "rounds":  # what its own reward and ppo ask for
+            continue
         bundles = plan(recipe).demand if stage == "ppo" else recipe.resources.bundles(stage)
         session.require(bundles, wait_s=recipe.resources.wait_s, stage=stage)
 
@@ -87,15 +89,15 @@ def require_reward_model(recipe: Recipe) -> None:
 
 
 def check_judges(recipe: Recipe) -> None:
-    """Raise RecipeError for a function of `evaluate.judges` that does not load, or a missing key.
+    """Raise RecipeError for the function of a judge that does not load, or a missing key.
 
     Whether an endpoint answers is asked when the evaluation begins: it need not be up before.
     """
-    for index, judge in enumerate(recipe.evaluate.judges if recipe.evaluate else ()):
+    for place, judge in recipe.judges.items():
         if judge.function is not None:
-            functions.check(judge_key(index, judge), functions.place_of(judge.function))
+            functions.check(judge_key(place, judge), functions.place_of(judge.function))
         if judge.url is not None:
-            authorization(judge_key(index, judge), judge.key_env)
+            authorization(judge_key(place, judge), judge.key_env)
 
 
 def check_models(recipe: Recipe) -> None:
@@ -104,7 +106,7 @@ def check_models(recipe: Recipe) -> None:
     Raises RecipeError when one cannot be read, or the tokenizer that is named does not fit it.
     Models of `evaluate` have tokenizers of their own, which the evaluation looks at.
     """
-    inits = {f"{stage}.init": _init(recipe, stage) for stage in TRAINED_STAGES}
+    inits = {f"{stage}.init": _init(recipe, stage) for stage in (*TRAINED_STAGES, "ppo")}
     guests = _battle_models(recipe)
     models = {"model.path": recipe.model.path, **inits, **_named_rewards(recipe), **guests}
     named = {
@@ -225,7 +227,9 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "ppo":
         files |= _scoring_files(recipe)
     if stage == "evaluate" and recipe.evaluate is not None:
-        files |= _gold_files(recipe.evaluate) | _battle_files(recipe)
+        files |= _gold_files(recipe.evaluate)
+    if stage in ("rounds", "evaluate"):
+        files |= _battle_files(recipe, stage)
     return lineage.inputs(recipe, stage, files) | data
 
 
@@ -264,30 +268,28 @@ def _scoring_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def _battle_models(recipe: Recipe) -> dict[str, str]:
-    """Return the models that fight or judge in the evaluation alone, by their key in the recipe."""
-    if recipe.evaluate is None:
-        return {}
-    fighting = {f"evaluate.models.{name}": path for name, path in recipe.evaluate.models.items()}
+    """Return the models that do nothing but fight or judge, by their key in the recipe."""
+    models = recipe.evaluate.models if recipe.evaluate is not None else {}
+    fighting = {f"evaluate.models.{name}": path for name, path in models.items()}
     judging = {
-        f"evaluate.judges.{index}.model": judge.model
-        for index, judge in enumerate(recipe.evaluate.judges)
+        f"{place}.model": judge.model
+        for place, judge in recipe.judges.items()
         if judge.model is not None
     }
     return fighting | judging
 
 
-def _battle_files(recipe: Recipe) -> dict[str, Path]:
-    """Return who fights and judges in the evaluation, where it is local and of no stage."""
-    assert recipe.evaluate is not None
+def _battle_files(recipe: Recipe, stage: str) -> dict[str, Path]:
+    """Return who fights and judges in a stage, where it is local and of no stage."""
     places = {
         key: name
         for key, name in _battle_models(recipe).items()
-        if not _is_written_here(recipe, name)
+        if key.startswith(f"{stage}.") and not _is_written_here(recipe, name)
     }
-    for index, judge in enumerate(recipe.evaluate.judges):
-        if judge.function is not None:
+    for place, judge in recipe.judges.items():
+        if judge.function is not None and place.startswith(f"{stage}."):
             file = functions.place_of(judge.function).rpartition(":")[0]
-            places[f"evaluate.judges.{index}.function"] = file
+            places[f"{place}.function"] = file
     files = {key: Path(builtin.resolve(place)) for key, place in places.items()}
     return {key: file for key, file in files.items() if file.exists()}
 
@@ -302,7 +304,7 @@ def _gold_files(cfg: EvaluateConfig) -> dict[str, Path]:
 
 def _init(recipe: Recipe, stage: str) -> str | None:
     """Return the model that the section of `stage` names to start from."""
-    section = recipe.training(stage)
+    section = recipe.ppo if stage == "ppo" else recipe.training(stage)
     return None if section is None else section.init
 
 

@@ -18,6 +18,10 @@ _UNPACKED = "working_dir_files"
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
+class PeopleNeeded(Exception):
+    """The run goes on when people have done their part; the text says what it is, and how."""
+
+
 def settle(recipe: Recipe) -> Recipe:
     """Return the recipe with a run directory that outlives the command.
 

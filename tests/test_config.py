@@ -17,6 +17,7 @@ MINIMAL: dict[str, Any] = {
     "reward": {"train": "comparisons.jsonl"},
     "dpo": {"train": "comparisons.jsonl"},
     "ppo": {"prompts": "prompts.jsonl"},
+    "rounds": {"num_rounds": 1, "judge": "vader"},
     "evaluate": {"prompts": "prompts.jsonl", "comparisons": "comparisons.jsonl"},
 }
 
@@ -49,7 +50,7 @@ def test_overoptimisation_needs_a_gold_reward_model_of_its_own_data() -> None:
     assert config.parse({**MINIMAL, "evaluate": evaluate, "reward": gold}).evaluate is not None
     evaluate["overoptimisation"] = {"gold": "runs/gold/reward/final"}
     assert config.parse({**MINIMAL, "evaluate": evaluate}).evaluate is not None
-    without = {key: part for key, part in MINIMAL.items() if key not in ("reward", "ppo")}
+    without = {key: part for key, part in MINIMAL.items() if key not in ("reward", "ppo", "rounds")}
     with pytest.raises(config.RecipeError, match="the recipe has no reward section"):
         config.parse({**without, "evaluate": evaluate})
 

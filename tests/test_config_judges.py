@@ -20,7 +20,7 @@ def test_names_come_from_what_judges() -> None:
     for name, keys in named.items():
         assert JudgeConfig(**keys).title == name
     asked = JudgeConfig(url="http://h:1/v1?key=secret", llm="x")
-    assert judge_key(2, asked) == "evaluate.judges.2.url=http://h:1/v1"
+    assert judge_key("evaluate.judges.2", asked) == "evaluate.judges.2.url=http://h:1/v1"
 
 
 def test_the_address_of_an_api_is_that_of_its_chat_completions() -> None:

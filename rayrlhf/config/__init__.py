@@ -19,6 +19,7 @@ from rayrlhf.config.recipe import HEAD_SIZES, STAGES, Recipe
 from rayrlhf.config.resources import ROLES, TRAINED_STAGES, ResourcesConfig, Role, RoleResources
 from rayrlhf.config.reward import GoldConfig, RewardConfig
 from rayrlhf.config.rewards import RewardSource, backoff_s, key_of
+from rayrlhf.config.rounds import RoundsConfig
 from rayrlhf.config.section import (
     Fraction,
     NonNegative,
@@ -76,6 +77,7 @@ __all__ = [
     "RoleLoraConfig",
     "RoleResources",
     "RoleTrainingConfig",
+    "RoundsConfig",
     "SFTConfig",
     "SampleConfig",
     "Section",

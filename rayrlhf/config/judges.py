@@ -19,6 +19,8 @@ KEYS_OF: dict[str, tuple[str, ...]] = {
     "url": ("llm", "key_env", "question", "options", "timeout_s", "retries", "max_pending"),
 }
 """The kinds of a judge, and the keys that each reads beside `name`."""
+ROUND = r"round-\d+$"
+"""Names of the policies of `rounds`."""
 OWN_JUDGES = ("vader", "reward")
 OWN_MODELS = ("base", "sft", "dpo", "ppo", "ppo_ptx")
 
@@ -76,24 +78,17 @@ class JudgeConfig(Section):
         return parts[-2] if parts[-1] == "final" and len(parts) > 1 else parts[-1]
 
 
-def judge_key(index: int, judge: JudgeConfig) -> str:
-    """Return how errors name a judge: its place in the recipe, and what is there."""
+def judge_key(place: str, judge: JudgeConfig) -> str:
+    """Return how errors name a judge: its `place` in the recipe, and what is there."""
     value = str(vars(judge)[judge.kind])
     shown = value.partition("?")[0] if judge.kind == "url" else value
-    return f"evaluate.judges.{index}.{judge.kind}={shown}"
+    return f"{place}.{judge.kind}={shown}"
 
 
 def check_judges(judges: Sequence[JudgeConfig]) -> None:
     """Raise ValueError for a judge of no or of two kinds, a key without effect, a name twice."""
     for index, judge in enumerate(judges):
-        place = f"evaluate.judges.{index}"
-        check_kind(place, judge, KEYS_OF, noun="judge", verb="judges")
-        if judge.function is not None:
-            check_function(place, judge.function)
-        if judge.url is not None:
-            check_url(place, judge.url, secret="its key into the variable of key_env")
-            if judge.llm is None:
-                raise ValueError(f"{place}.llm is missing: name the language model at {place}.url")
+        check_judge(f"evaluate.judges.{index}", judge)
     names = Counter([*OWN_JUDGES, *(judge.title for judge in judges)])
     for name, count in names.items():
         if count > 1:
@@ -104,13 +99,25 @@ def check_judges(judges: Sequence[JudgeConfig]) -> None:
             )
 
 
+def check_judge(place: str, judge: JudgeConfig) -> None:
+    """Raise ValueError, with its `place` in the recipe, for no or two kinds, or a wrong key."""
+    check_kind(place, judge, KEYS_OF, noun="judge", verb="judges")
+    if judge.function is not None:
+        check_function(place, judge.function)
+    if judge.url is not None:
+        check_url(place, judge.url, secret="its key into the variable of key_env")
+        if judge.llm is None:
+            raise ValueError(f"{place}.llm is missing: name the language model at {place}.url")
+
+
 def check_contestants(models: Mapping[str, str]) -> None:
     """Raise ValueError for a name that no key can be, or that a stage of the run has."""
     for name in models:
-        if not re.match(NAME, name) or name in OWN_MODELS:
+        if not re.match(NAME, name) or name in OWN_MODELS or re.match(ROUND, name):
             raise ValueError(
                 f"evaluate.models has {name!r}: a name is made of letters, digits and ._- and is "
-                f"none of {', '.join(OWN_MODELS)}, the stages of the run: change it"
+                f"none of {', '.join(OWN_MODELS)}, the stages of the run, nor round-1, ...: "
+                "change it"
             )
 
 

@@ -142,22 +142,29 @@ class LabelConfig(Section):
         return database
 
     @model_validator(mode="after")
-    def _has_work(self) -> Self:
-        if self.items is None and self.sample is None and self.arena is None:
-            raise ValueError(
-                "label has nothing to judge: set label.items to a file of prompts with responses, "
-                "label.sample to a policy, or label.arena.models to two models"
-            )
+    def _items_are_named_once(self) -> Self:
         if self.items is not None and self.sample is not None:
             raise ValueError(
                 f"label.items={self.items} and label.sample both say what to rank: keep one"
             )
-        if self.overlap > 0 and self.ranks and self.overlap_labellers > len(self.labellers):
+        return self
+
+    def check_work(self, *, of_rounds: bool) -> None:
+        """Raise ValueError when there is nothing to judge, or too few people for what there is.
+
+        `of_rounds`: what the recipe's rounds sample is for these people.
+        """
+        if self.items is None and self.sample is None and self.arena is None and not of_rounds:
+            raise ValueError(
+                "label has nothing to judge: set label.items to a file of prompts with responses, "
+                "label.sample to a policy, or label.arena.models to two models"
+            )
+        ranks = self.ranks or of_rounds
+        if self.overlap > 0 and ranks and self.overlap_labellers > len(self.labellers):
             raise ValueError(
                 f"label.overlap_labellers={self.overlap_labellers}, but there are only "
                 f"{len(self.labellers)} labellers: name more, lower it, or set label.overlap=0"
             )
-        return self
 
     @property
     def ranks(self) -> bool:

@@ -17,6 +17,9 @@ class PPOConfig(AsynchronyConfig):
 
     prompts: str
     """Prompts to roll out: `prompt` or `messages`."""
+    init: str | None = None
+    """Policy to go on from: folder, hub name or `builtin:` name. None: the SFT model, which is the
+    reference in any case."""
     steps: Positive = 100
     """PPO steps: each rolls out, evaluates, updates and syncs once."""
     batch_size: Positive = 64

@@ -9,16 +9,18 @@ from pydantic import Field, field_validator, model_validator
 from rayrlhf.config.corpus import CorpusConfig
 from rayrlhf.config.dpo import DPOConfig
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.judges import JudgeConfig
 from rayrlhf.config.label import LabelConfig
 from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ROLES, ResourcesConfig, Role
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.rounds import RoundsConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.sizes import fill
 from rayrlhf.config.training import PretrainConfig, SFTConfig, StageConfig
 
-STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate")
+STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "rounds", "evaluate")
 # Attention of vLLM 0.32 on CPU has kernels for these sizes of a head only; GPUs have them all.
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -43,6 +45,7 @@ class Recipe(Section):
     reward: RewardConfig | None = None
     dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
+    rounds: RoundsConfig | None = None
     evaluate: EvaluateConfig | None = None
     label: LabelConfig | None = None
     """No stage: `pipeline` leaves it to `rayrlhf label`, which runs as long as people judge."""
@@ -63,6 +66,7 @@ class Recipe(Section):
             "reward": self.reward,
             "dpo": self.dpo,
             "ppo": self.ppo,
+            "rounds": self.rounds,
             "evaluate": self.evaluate,
         }
         return tuple(stage for stage in STAGES if present[stage] is not None)
@@ -72,6 +76,16 @@ class Recipe(Section):
         """The roles that PPO runs, in the order of ROLES: no critic where the learner has none."""
         has_critic = self.ppo is None or self.ppo.has_critic
         return tuple(role for role in ROLES if has_critic or role != "critic")
+
+    @property
+    def judges(self) -> dict[str, JudgeConfig]:
+        """The judges that the recipe brings, by their place in it."""
+        found: dict[str, JudgeConfig] = {}
+        if self.rounds is not None and isinstance(self.rounds.judge, JudgeConfig):
+            found["rounds.judge"] = self.rounds.judge
+        for index, judge in enumerate(self.evaluate.judges if self.evaluate else ()):
+            found[f"evaluate.judges.{index}"] = judge
+        return found
 
     def training(self, stage: str) -> StageConfig | None:
         """Return the section of a stage that Ray Train runs; None for another, or without one."""
@@ -129,9 +143,14 @@ class Recipe(Section):
             self._rows_fit(self.corpus)
         if self.ppo is not None:
             self._ppo_fits(self.ppo)
+        if self.rounds is not None:
+            self._rounds_fit(self.rounds)
         if self.evaluate is not None:
             self._evaluation_fits(self.evaluate)
         if self.label is not None:
+            self.label.check_work(
+                of_rounds=self.rounds is not None and self.rounds.judge == "people"
+            )
             self._answers_fit(self.label)
         if self.resources.sequence_parallel > 1:
             self._sequences_split()
@@ -159,6 +178,24 @@ class Recipe(Section):
                     f"attention=flex does not go with resources.sequence_parallel={ranks}, which "
                     "computes each document by itself: set attention=auto"
                 )
+
+    def _rounds_fit(self, rounds: RoundsConfig) -> None:
+        if self.reward is None or self.ppo is None:
+            missing = "reward" if self.reward is None else "ppo"
+            raise ValueError(
+                f"rounds go on after reward and ppo, but the recipe has no section {missing}: add "
+                "it, or take rounds out"
+            )
+        if self.ppo.rewards:
+            raise ValueError(
+                "rounds train a new reward model for PPO each, and ppo.rewards names others: take "
+                "one of the two out"
+            )
+        if rounds.judge == "people" and self.label is None:
+            raise ValueError(
+                "rounds.judge=people asks people on the page of `rayrlhf label`, but the recipe "
+                "has no section label: add label.labellers, or name another rounds.judge"
+            )
 
     def _evaluation_fits(self, evaluate: EvaluateConfig) -> None:
         if evaluate.few_shot is not None and self.sft is None:

@@ -50,6 +50,8 @@ def _entries(recipe: Recipe) -> Iterator[tuple[str, str, str | None, Kind]]:
         yield "dpo", "validation", recipe.dpo.validation, "comparison"
     if recipe.ppo is not None:
         yield "ppo", "prompts", recipe.ppo.prompts, "prompt"
+    if recipe.rounds is not None:
+        yield "rounds", "prompts", recipe.rounds.prompts, "prompt"
     if recipe.evaluate is not None:
         yield "evaluate", "prompts", recipe.evaluate.prompts, "prompt"
         yield "evaluate", "comparisons", recipe.evaluate.comparisons, "comparison"

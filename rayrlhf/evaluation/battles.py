@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf import console
+from rayrlhf import console, lineage
 from rayrlhf.config import Recipe
 from rayrlhf.data.datasets import Record
 from rayrlhf.evaluation.contestants import AnswerPrompts, Prompts, answers_of, contestants
@@ -17,7 +18,7 @@ from rayrlhf.evaluation.judges import Answer, Judge
 from rayrlhf.evaluation.length_control import length_controlled
 from rayrlhf.evaluation.llm_judge import Battle, LLMJudge, Positions, positions, settle
 from rayrlhf.evaluation.panel import panel
-from rayrlhf.evaluation.ratings import elo, outcomes, share_won
+from rayrlhf.evaluation.ratings import Interval, elo, outcomes, share_won
 
 Floats = npt.NDArray[np.float64]
 Answers = Mapping[str, list[Answer]]
@@ -72,6 +73,7 @@ class Battles:
                 found[one.name] = self._by_scores(one.scores(answers), answers, anchor)
         return {
             "models": models,
+            "successors": self._successors(models),
             "anchor": anchor,
             "num_prompts": len(self._records),
             "mean_length": {m: float(_lengths(given).mean()) for m, given in answers.items()},
@@ -82,7 +84,7 @@ class Battles:
         self, table: Mapping[str, Floats], answers: Answers, anchor: str
     ) -> dict[str, Any]:
         won = outcomes(np.stack([table[model] for model in answers], axis=1))
-        return {"kind": "score", **standings(won, answers, anchor=anchor)}
+        return {"kind": "score", **self._standings(won, answers, anchor)}
 
     def _by_llm(self, judge: LLMJudge, answers: Answers, anchor: str) -> dict[str, Any]:
         models, num = list(answers), len(self._records)
@@ -102,18 +104,35 @@ class Battles:
             won[:, i, j], won[:, j, i] = row, 1.0 - row
         return {
             "kind": "llm",
-            **standings(won, answers, anchor=anchor),
+            **self._standings(won, answers, anchor),
             "positions": positions_entry(positions(battles, verdicts)),
         }
+
+    def _standings(self, won: Floats, answers: Answers, anchor: str) -> dict[str, Any]:
+        successors = self._successors(list(answers))
+        return standings(won, answers, anchor=anchor, successors=successors)
+
+    def _successors(self, models: Sequence[str]) -> dict[str, str]:
+        """Return the policy before each of the recipe's rounds, by the name of the one after."""
+        rounds = list(lineage.round_policies(self._recipe))
+        ppo = [model for model in models if model in ("ppo", "ppo_ptx")]
+        return dict(pairwise([*ppo, *rounds][::-1])) if ppo else {}
 
     def _say(self, text: str) -> None:
         console.say(f"{'evaluate':>9} {text}")
 
 
-def standings(won: Floats, answers: Answers, *, anchor: str) -> dict[str, Any]:
+def standings(
+    won: Floats,
+    answers: Answers,
+    *,
+    anchor: str,
+    successors: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return win rates, ratings and length-controlled win rates of one judge.
 
-    `won` (N, M, M) is as `outcomes` makes it, or NaN where a battle was not decided.
+    `won` (N, M, M) is as `outcomes` makes it, or NaN where a battle was not decided. The keys of
+    `successors` are rated against their values, too.
     """
     models = list(answers)
     lengths = {model: _lengths(given) for model, given in answers.items()}
@@ -142,6 +161,10 @@ def standings(won: Floats, answers: Answers, *, anchor: str) -> dict[str, Any]:
             model: {"elo": found.value, "low": found.low, "high": found.high}
             for model, found in elo(won, models, anchor=anchor).items()
         },
+        "rating_gains": {
+            model: _gain(elo(won, models, anchor=before), model, before)
+            for model, before in successors.items()
+        },
         "length_controlled_win_rate": {
             model: {
                 "value": found.win_rate.value,
@@ -151,6 +174,17 @@ def standings(won: Floats, answers: Answers, *, anchor: str) -> dict[str, Any]:
             }
             for model, found in controlled.items()
         },
+    }
+
+
+def _gain(rated: Mapping[str, Interval], model: str, before: str) -> dict[str, Any]:
+    """Return by how many points a model is above the one before, as anchored there."""
+    found, at = rated[model], rated[before].value
+    return {
+        "over": before,
+        "elo": found.value - at,
+        "low": found.low - at,
+        "high": found.high - at,
     }
 
 

@@ -122,18 +122,29 @@ def panel(
 
     Raises RecipeError that names the one which cannot be loaded, or does not answer.
     """
-    cfg = recipe.evaluate
-    assert cfg is not None, "there is an evaluation"
-    cache = VerdictCache(Path(recipe.path) / VERDICTS)
-    found: list[ScoreJudge | LLMJudge] = []
-    for index, judge in enumerate(cfg.judges):
-        key = judge_key(index, judge)
-        if judge.kind == "function":
-            found.append(FunctionJudge(key, judge, tokenizer))
-        elif judge.kind == "model":
-            found.append(ModelJudge(key, judge, records, tokens_per_batch))
-        else:
-            asked = LLMJudge(key, judge, cache)
-            asked.try_out()
-            found.append(asked)
-    return found
+    return [
+        seated(judge_key(place, judge), judge, recipe.path, records, tokenizer, tokens_per_batch)
+        for place, judge in recipe.judges.items()
+        if place.startswith("evaluate.")
+    ]
+
+
+def seated(
+    key: str,
+    judge: JudgeConfig,
+    folder: Path,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    tokens_per_batch: int,
+) -> ScoreJudge | LLMJudge:
+    """Return a judge that can judge answers to `records`; verdicts of an LLM are kept in `folder`.
+
+    Raises RecipeError, with its `key`, when it cannot be loaded, or does not answer.
+    """
+    if judge.kind == "function":
+        return FunctionJudge(key, judge, tokenizer)
+    if judge.kind == "model":
+        return ModelJudge(key, judge, records, tokens_per_batch)
+    asked = LLMJudge(key, judge, VerdictCache(folder / VERDICTS))
+    asked.try_out()
+    return asked

@@ -22,6 +22,7 @@ from rayrlhf.evaluation.cost_section import (
 )
 from rayrlhf.evaluation.plots import Figure
 from rayrlhf.evaluation.reward_section import reward_section
+from rayrlhf.evaluation.rounds_section import rounds_section
 from rayrlhf.evaluation.style import STYLE
 from rayrlhf.evaluation.words import JUDGES, MODELS, STAGES, model_word
 
@@ -93,6 +94,7 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 </header>
 <section><h2>The models</h2>{_models_table(results)}</section>
 {battles_section(results)}
+{rounds_section(results)}
 {reward_section(results)}
 {variety_section(results)}
 {tax_section(results)}

@@ -9,6 +9,7 @@ STAGES = {
     "reward": "Reward model",
     "dpo": "DPO",
     "ppo": "PPO",
+    "rounds": "Rounds",
     "evaluate": "Evaluation",
 }
 

@@ -4,10 +4,6 @@
 that everything that touches parameters happens inside the wrapper (DDP averages gradients and
 ZeRO-3 gathers weights only there), and so that the output layer is computed only where a
 log-prob is wanted: PPO asks for response tokens alone, which saves most of the (b, S, V) logits.
-
-The reduction over V runs in float32 over cache-sized blocks, and its gradient overwrites the
-logits: of the (tokens, V) tensor there is one copy, where `log_softmax` has three. On a CPU core
-the reduction is then about twice as fast. The entropy is a metric, without gradient.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +13,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -39,15 +33,13 @@ from rayrlhf.models.folder import (
     save_folder,
 )
 from rayrlhf.models.neftune import EmbeddingNoise, document_lengths
+from rayrlhf.models.output_head import OutputHead
 from rayrlhf.models.sequence import WHOLE, WholeSequence
 
 INIT_STD = 0.02
 """Of every matrix (GPT-2)."""
 RESIDUAL_MATRICES = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
 """Names of those that write to the residual stream, in Llama and in GPT-2."""
-LOGITS_BYTES = 2**29
-"""Logits (n, V) in float32 up to this size are kept for the backward pass; larger ones are never
-held: computed for so many tokens at a time, and once more in the backward pass."""
 
 
 class CausalLMModel(nn.Module):
@@ -62,7 +54,7 @@ class CausalLMModel(nn.Module):
                 f"{type(hf).__name__} changes its logits by {transforms[0]}, which is not "
                 "supported: use a Llama, Qwen, Mistral or GPT-2 model"
             )
-        hf.set_output_embeddings(_Head(hf.get_output_embeddings()))
+        hf.set_output_embeddings(OutputHead(hf.get_output_embeddings()))
         self.hf = hf
         self.sequence = WHOLE
         self.noise: EmbeddingNoise | None = None
@@ -275,17 +267,18 @@ def _token_statistics(
     A token is computed where the token before it is, which may be on another rank than its own.
     `options` are the head's temperature and with_entropy.
     """
-    hidden = run_trunk(model, input_ids, attention_mask, sequence)  # (b, S', d)
     wanted = _places(attention_mask, positions)  # (b, S)
     wanted = sequence.own(F.pad(wanted[:, 1:], (0, 1)))  # (b, S') of the token after each
     following = sequence.own(F.pad(input_ids[:, 1:], (0, 1)))  # (b, S')
+    # Before the layers: their number has to be known, for which the CPU waits for the GPU.
     places = wanted.flatten().nonzero().squeeze(1)  # (n,) in (b * S')
+    hidden = run_trunk(model, input_ids, attention_mask, sequence)  # (b, S', d)
     # index_select: its backward adds whole rows, a boolean index adds element by element.
     states = hidden.flatten(0, 1).index_select(0, places)  # (n, d) before each token
     tokens = following.flatten()[places]
     head = model.get_output_embeddings()
-    if not isinstance(head, _Head):
-        head = _Head(head)
+    if not isinstance(head, OutputHead):
+        head = OutputHead(head)
     log_probs, entropies = head(states, tokens, **options)
 
     def spread(flat: Tensor) -> Tensor:
@@ -309,86 +302,3 @@ def _places(attention_mask: Tensor, positions: Tensor | None) -> Tensor:
     if positions.dtype == torch.bool:
         return has_previous & positions
     return has_previous & torch.zeros_like(has_previous).scatter(1, positions, True)
-
-
-class _Head(nn.Module):
-    """The output layer, and what is computed from its logits, in one call of a module.
-
-    ZeRO-3 gathers the weight once per call, on all ranks together: these make as many calls, in
-    however many parts each computes its logits.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(
-        self,
-        states: Tensor,
-        tokens: Tensor | None = None,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> Any:
-        """Return the logits of `states`; with tokens (n,), their log-probs and the entropies."""
-        if tokens is None:
-            return F.linear(states, self.weight, self.bias)
-
-        def statistics(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            logits = F.linear(states, self.weight, self.bias)  # (n, V)
-            return _SelectLogProbs.apply(logits, tokens, temperature, with_entropy)
-
-        rows = max(1, LOGITS_BYTES // (4 * self.weight.shape[0]))
-        if len(states) <= rows:
-            return statistics(states, tokens)
-        parts = [
-            checkpoint(statistics, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(states.split(rows), tokens.split(rows), strict=True)
-        ]
-        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
-
-
-class _SelectLogProbs(torch.autograd.Function):
-    """(n, V) logits and (n,) tokens -> (n,) log-probs and entropies, float32.
-
-    Backward overwrites the logits with their gradient; nobody else may hold them. A second
-    backward through the same graph is an error, since autograd sees that they changed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        log_norm = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)  # (n,)
-        entropies = torch.zeros_like(log_norm)
-        for rows in _blocks(logits):
-            scaled = logits[rows].float() / temperature
-            log_norm[rows] = torch.logsumexp(scaled, dim=1)
-            if with_entropy:  # H = log Z - E[logit]
-                probs = (scaled - log_norm[rows, None]).exp_()
-                entropies[rows] = log_norm[rows] - probs.mul_(scaled).sum(dim=1)
-        chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1).float() / temperature
-        ctx.save_for_backward(logits, tokens, log_norm)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies)
-        return chosen - log_norm, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, tokens, log_norm = ctx.saved_tensors
-        grad = grad / ctx.temperature  # (n,)
-        for rows in _blocks(logits):
-            # d log p(token) / d logits = onehot(token) - p
-            probs = logits[rows].float().div(ctx.temperature).sub_(log_norm[rows, None]).exp_()
-            probs.mul_(-grad[rows, None])
-            probs.scatter_add_(1, tokens[rows, None], grad[rows, None])
-            logits[rows] = probs.to(logits.dtype)
-        return logits, None, None, None
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Yield slices of rows: 1 MiB of float32 on a CPU, for its cache; few launches on a GPU."""
-    elements = 2**18 if logits.device.type == "cpu" else 2**26
-    rows = max(1, elements // max(1, logits.shape[1]))
-    for start in range(0, logits.shape[0], rows):
-        yield slice(start, start + rows)

@@ -119,10 +119,17 @@ def _without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_compiler() -> None:
     """Raise RecipeError unless this machine has the C++ compiler that torch.compile calls."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    if not has_compiler():
         raise RecipeError(
             "compile=true needs a C++ compiler on every worker's node, and there is none: install "
             "g++ (apt-get install g++), or set compile=false"
-        ) from None
+        )
+
+
+def has_compiler() -> bool:
+    """Tell whether this machine has the C++ compiler that torch.compile calls."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True

@@ -163,7 +163,7 @@ def save_folder(
     weights = dict(checkpoint_weights(model, pairs))
     if lora.has_adapter(model):
         lora.save_adapter(model, folder, weights)
-        model, weights = lora.skeleton(model), lora.merged(model, weights)
+        model, weights = lora.skeleton(model), dict(lora.merged(model, weights.items()))
     wanted = {name for name, _ in checkpoint_weights(model)}
     if weights.keys() != wanted:
         wrong = sorted(weights.keys() ^ wanted)

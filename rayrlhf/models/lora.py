@@ -9,7 +9,8 @@ beside, and not the weight that the base model's folder has.
 
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +149,38 @@ def adapted(names: Iterable[str]) -> set[str]:
     return parts | (names & {f"{name.partition('.lora_')[0]}{_BASE}weight" for name in parts})
 
 
-def merged(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights by their names in a plain HF model, each adapter added to its own.
+def merged(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights by their names in a plain HF model, each adapter added to its own.
 
-    Those of the model stay as they are. `weights` may be a part of them, with the adapters to it.
+    Those of the model stay as they are. `weights` may be a part of them, with the adapters to it;
+    a weight is held until its adapter has come.
     """
-    result = {}
-    for name, tensor in weights.items():
-        if ".lora_" in name:
-            continue
+    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in weights:
         place, is_base, kind = name.rpartition(_BASE)
-        tensor = _dequantized(model.get_parameter(name), tensor)
-        if is_base and kind == "weight":
-            layer = model.get_submodule(place)
-            a, b = (weights[f"{place}.lora_{part}.default.weight"] for part in "AB")
-            change = (b.float() @ a.float()) * layer.scaling["default"]
-            tensor = tensor + (change.T if layer.fan_in_fan_out else change).to(tensor.device)
-        result[f"{place}.{kind}" if is_base else name] = tensor
-    return result
+        if is_base and kind != "weight":
+            yield f"{place}.{kind}", tensor
+        elif is_base or ".lora_" in name:
+            place = place or name.partition(".lora_")[0]
+            parts = held[place]
+            parts[name.removeprefix(f"{place}.")] = tensor
+            if len(parts) == 3:
+                yield f"{place}.weight", _sum(model, place, held.pop(place))
+        else:
+            yield name, _dequantized(model.get_parameter(name), tensor)
+    assert not held, f"{next(iter(held))}: a weight came without its adapter"
+
+
+def _sum(model: PreTrainedModel, place: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return W + alpha / rank * B A of the layer at `place`."""
+    layer = model.get_submodule(place)
+    parameter = model.get_parameter(f"{place}{_BASE}weight")
+    weight = _dequantized(parameter, parts["base_layer.weight"])
+    a, b = (parts[f"lora_{part}.default.weight"] for part in "AB")
+    change = (b.float() @ a.float()) * layer.scaling["default"]
+    return weight + (change.T if layer.fan_in_fan_out else change).to(weight.device)
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:

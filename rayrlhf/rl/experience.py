@@ -26,7 +26,7 @@ from rayrlhf.data.datasets import pad, shard
 from rayrlhf.data.packing import microbatches
 from rayrlhf.generation import Completion
 
-MIN_FILL = 0.8
+MIN_FILL = 0.9
 """Part of a micro-batch that is not padding, at least. Responses differ in length by a factor of
 ten, and a step has few of them: cut by the budget alone, most of a micro-batch would be padding."""
 

@@ -158,7 +158,7 @@ class Gate:
                 return "weights of another version in an engine", "see the log of the engines"
         elif cause := self._cause_of_sampling(sampled):
             return cause
-        engine, learner = self.roles.rollout.dtypes().wait(), self.cfg.actor.precision
+        engine, learner = self.roles.rollout.dtype(), self.cfg.actor.precision
         return (
             f"dtype: the engines compute in {engine}, the actor in {learner}",
             "set ppo.actor.precision=float32, or with bfloat16 ppo.old_log_probs=auto or "

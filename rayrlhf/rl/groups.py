@@ -174,24 +174,28 @@ class ActorGroup(TrainedGroup):
             "probe", lambda worker: worker.probe.remote(rollout, temperature), scatter_rows
         )
 
-    def weights(self) -> Pending[Ref]:
-        """Return a reference to what trains, {name: float32 array}, which stays where it is."""
-        return self._gathered("weights", lambda worker: worker.weights)
+    def weights(self, dtype: str) -> Pending[list[Ref]]:
+        """Return references to buckets of what trains, which stay where they are; see buckets.py.
 
-    def frozen_weights(self) -> Pending[Ref]:
-        """Return a reference to the weights that stay as they are beside adapters."""
-        return self._gathered("frozen_weights", lambda worker: worker.frozen_weights)
+        They are for engines that compute in `dtype`.
+        """
+        return self._gathered("weights", lambda worker: worker.weights, dtype)
 
-    def _gathered(self, call: str, method: Callable[[Handle], Any]) -> Pending[Ref]:
-        found: list[Ref] = []
+    def frozen_weights(self, dtype: str) -> Pending[list[Ref]]:
+        """Return references to buckets of the weights that stay as they are beside adapters."""
+        return self._gathered("frozen_weights", lambda worker: worker.frozen_weights, dtype)
 
-        # A wait brings what it waits for to this process: it waits for the flags beside them.
+    def _gathered(
+        self, call: str, method: Callable[[Handle], Any], dtype: str
+    ) -> Pending[list[Ref]]:
+        streams: list[Any] = []
+
+        # A wait brings what it waits for to this process: it waits for the end of each stream.
         def submit(worker: Handle) -> Ref:
-            flag, weights = method(worker).options(num_returns=2).remote()
-            found.append(weights)
-            return flag
+            streams.append(method(worker).options(num_returns="streaming").remote(dtype))
+            return streams[-1].completed()
 
-        return self._all(call, submit, lambda _: found[0])
+        return self._all(call, submit, lambda _: list(streams[0]))
 
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""
@@ -252,6 +256,7 @@ class RolloutGroup(Group):
     """The engines."""
 
     role: Role = "rollout"
+    _dtype: str | None = None
 
     def generate(self, prompts: list[list[int]], step: int) -> Pending[Rollout]:
         """Sample G responses per prompt (token ids): B rows, those of one prompt together."""
@@ -276,13 +281,12 @@ class RolloutGroup(Group):
             "reset_prefix_cache", lambda worker: worker.reset_prefix_cache.remote(), nothing
         )
 
-    def dtypes(self) -> Pending[str]:
-        """Return what the engines compute in."""
-        return self._all(
-            "dtype",
-            lambda worker: worker.dtype.remote(),
-            lambda found: ", ".join(dict.fromkeys(found)),
-        )
+    def dtype(self) -> str:
+        """Return what the engines compute in; they are asked once."""
+        if self._dtype is None:
+            asked = self._all("dtype", lambda worker: worker.dtype.remote(), list)
+            self._dtype = ", ".join(dict.fromkeys(asked.wait()))
+        return self._dtype
 
     def generate_part(
         self, prompts: list[list[int]], step: int, *, first: int, engine: int
@@ -294,15 +298,17 @@ class RolloutGroup(Group):
 
         return self._each("generate", {engine: submit}, Rollout.join)
 
-    def keep_weights(self, frozen: Ref) -> Pending[None]:
+    def keep_weights(self, frozen: Sequence[Ref]) -> Pending[None]:
         """Give every engine what `load_weights` leaves out from then on; so has a new engine."""
-        return self._all(
-            "keep_weights", lambda worker: worker.keep_weights.remote(frozen), nothing, lasting=True
-        )
+
+        def submit(worker: Handle) -> Ref:
+            return worker.keep_weights.remote(*frozen)
+
+        return self._all("keep_weights", submit, nothing, lasting=True)
 
     def load_weights(
         self,
-        weights: Ref,
+        weights: Sequence[Ref],
         version: int,
         *,
         engines: Sequence[int] | None = None,
@@ -310,7 +316,7 @@ class RolloutGroup(Group):
     ) -> Pending[list[int]]:
         """Replace the weights of the engines (None: all); returns the version that each has then.
 
-        Each engine's seat keeps the reference: a new engine loads the same version from there.
+        Each engine's seat keeps the references: a new engine loads the same version from there.
         `at_once` does so in the middle of what an engine generates (`ppo.interrupt`), else after.
         """
 
@@ -322,7 +328,7 @@ class RolloutGroup(Group):
                 # A successor takes them in turn: before that it has no engine to load them into.
                 if at_once and worker is asked:
                     method = method.options(concurrency_group=WEIGHTS)
-                return method.remote(weights, version)
+                return method.remote(version, *weights)
 
             return load
 

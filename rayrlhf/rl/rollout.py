@@ -1,18 +1,17 @@
 """The engine as a worker."""
 
-import numpy as np
-import numpy.typing as npt
+from itertools import chain
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayrlhf.generation import Engine, request_seed
+from rayrlhf.rl.buckets import Bucket, unpacked
 from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.ranks import Worker
 from rayrlhf.training.flops import ModelFlops, model_flops
 
-Weights = dict[str, npt.NDArray[np.float32]]
-"""By their names in a Hugging Face checkpoint."""
 PROBE_TOKENS = 16
 """Longest answer to a prompt of a probe (gate.py)."""
 
@@ -21,7 +20,7 @@ class RolloutWorker(Worker):
     """One engine."""
 
     _flops: ModelFlops | None = None
-    _frozen: Weights = {}
+    _frozen: tuple[Bucket, ...] = ()
 
     def start(self) -> None:
         """Load the engine."""
@@ -96,11 +95,11 @@ class RolloutWorker(Worker):
         """Return what the engine computes in."""
         return self.engine.dtype
 
-    def keep_weights(self, frozen: Weights) -> None:
+    def keep_weights(self, *frozen: Bucket) -> None:
         """Take the weights that every version has; they lie in Ray's store, for all of its node."""
         self._frozen = frozen
 
     @timed
-    def load_weights(self, weights: Weights, version: int) -> int:
+    def load_weights(self, version: int, *weights: Bucket) -> int:
         """Replace all weights; returns the version that the engine now has."""
-        return self.engine.load_weights({**self._frozen, **weights}.items(), version)
+        return self.engine.load_weights(unpacked(chain(self._frozen, weights)), version)

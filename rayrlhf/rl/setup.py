@@ -86,8 +86,9 @@ def role_settings(
     }
     adapters: dict[Role, str | None] = {}
     # The actor's weights are the checkpoint itself, the critic's are in its state folder.
+    start = policy if cfg.init is None else _model(cfg.init, tokenizer)
     models["actor"], adapters["actor"] = trained_model(
-        "actor", cfg, policy, str(checkpoint) if checkpoint else None
+        "actor", cfg, start, str(checkpoint) if checkpoint else None
     )
     zero_head = False
     if cfg.has_critic:

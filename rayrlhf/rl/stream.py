@@ -76,7 +76,7 @@ class RolloutStream(ABC):
         """Start what may start now that `step` is next and the learner has weights `version`."""
         if version != self.version:
             is_first, self.version = self.version < 0, version
-            self._weights = self.roles.actor.weights().wait()
+            self._weights = self.roles.actor.weights(self.roles.rollout.dtype()).wait()
             if self.cfg.interrupt and not is_first:
                 loading = self.roles.rollout.load_weights(self._weights, version, at_once=True)
                 check_versions(loading.wait(), version)

@@ -30,6 +30,7 @@ ANY_TURN = frozenset(
         "weights",
         "frozen_weights",
         "keep_weights",
+        "dtype",
         "save",
         "export",
         "read_clock",

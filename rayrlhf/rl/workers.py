@@ -10,6 +10,8 @@ All ranks of a trained role call the same method with the same arguments and wor
 of the rows (see experience.py). Dropout is off in every role: models stay in eval mode.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from rayrlhf.data.rows import PackedRows
 from rayrlhf.models import lora
 from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 from rayrlhf.models.scalar_head import ScalarHeadModel, values_before
+from rayrlhf.rl.buckets import Bucket, packed
 from rayrlhf.rl.clock import timed
 from rayrlhf.rl.credit import loss_weights
 from rayrlhf.rl.experience import (
@@ -45,7 +48,7 @@ from rayrlhf.rl.ranks import (
     add,
     unpadded,
 )
-from rayrlhf.rl.rollout import RolloutWorker, Weights
+from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
 
 __all__ = ["ActorWorker", "CriticWorker", "ReferenceWorker", "RewardWorker", "RolloutWorker"]
@@ -284,27 +287,28 @@ class ActorWorker(TrainedWorker):
             rows += unpadded(log_probs, micro.mask)[: len(group)]
         return Rows.of(indices, rows)
 
-    @timed
-    def weights(self) -> tuple[bool, Weights | None]:
-        """Return (True, {Hugging Face name: float32 array} of what trains; None but on rank 0)."""
-        return True, self._gathered(frozen=False)
+    def weights(self, dtype: str) -> Iterator[Bucket]:
+        """Yield what trains, for engines that compute in `dtype`; rank 0 only, the others help."""
+        with self.clock.phase("weights"):
+            yield from self._gathered(dtype, frozen=False)
 
-    def frozen_weights(self) -> tuple[bool, Weights | None]:
-        """Return the like of what training leaves as it is beside its adapters."""
-        return True, self._gathered(frozen=True)
+    def frozen_weights(self, dtype: str) -> Iterator[Bucket]:
+        """Yield the like of what training leaves as it is beside its adapters."""
+        yield from self._gathered(dtype, frozen=True)
 
-    def _gathered(self, *, frozen: bool) -> Weights | None:
-        """Return weights as a plain model has them: what an adapter adds is in them."""
+    def _gathered(self, dtype: str, *, frozen: bool) -> Iterator[Bucket]:
+        """Yield weights as a plain model has them: what an adapter adds is in them."""
         wanted, has_adapter = None, lora.has_adapter(self.model)
         if has_adapter:
             names = {name for name, _ in self.model.named_parameters()}
             wanted = names - lora.adapted(names) if frozen else lora.adapted(names)
-        weights = dict(named_weights(self.model, self.backend.full_weights(wanted)))
+        weights = named_weights(self.model, self.backend.full_weights(wanted))
         if self.settings.rank != 0:
-            return None
+            deque(weights, maxlen=0)  # gathering is collective
+            return
         if has_adapter:
             weights = lora.merged(self.model.hf, weights)
-        return {name: tensor.numpy() for name, tensor in weights.items()}
+        yield from packed(weights, dtype)
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder with the tokenizer (rank 0; the others take part)."""

@@ -22,10 +22,12 @@ TRIES = 3
 """A prompt whose responses are not all different is asked again so often for those that lack."""
 
 
-def sample_items(recipe: Recipe, cfg: SampleConfig, path: Path) -> int:
+def sample_items(
+    recipe: Recipe, cfg: SampleConfig, path: Path, *, key: str = "label.sample"
+) -> int:
     """Sample `cfg.num_responses` completions of each prompt into `path`; return the prompts.
 
-    Raises RecipeError when the prompts cannot be read or none fits.
+    Raises RecipeError when the prompts cannot be read or none fits; it names the section `key`.
     """
     records = read_records(cfg.prompts, "prompt")
     folder = builtin.resolve(cfg.model)
@@ -35,14 +37,17 @@ def sample_items(recipe: Recipe, cfg: SampleConfig, path: Path) -> int:
         memory_gib=cfg.memory_gib,
         num_threads=recipe.resources.rollout.num_threads,
     )
-    items = sample(
-        records,
-        partial(_generate, engine, cfg),
-        AutoTokenizer.from_pretrained(folder),
-        cfg,
-        room=recipe.model.max_length - cfg.max_response_tokens,
-        seed=recipe.seed,
-    )
+    try:
+        items = sample(
+            records,
+            partial(_generate, engine, cfg),
+            AutoTokenizer.from_pretrained(folder),
+            cfg,
+            room=recipe.model.max_length - cfg.max_response_tokens,
+            seed=recipe.seed,
+        )
+    except RecipeError as error:
+        raise RecipeError(f"{key}: {error}") from None
     del engine
     gc.collect()  # the arena's engines need the memory
     exchange.write(path, items)
@@ -76,7 +81,7 @@ def sample(
     for number, record in enumerate(records, start=1):
         if len(record.get("messages", ())) > 1:
             raise RecipeError(
-                f"label.sample.prompts={cfg.prompts}: prompt {number} has several messages, but "
+                f"prompts={cfg.prompts}: prompt {number} has several messages, but "
                 "the page shows one: keep the user's message only"
             )
     fitting = fitting_prompts(records, tokenizer, room)
@@ -104,8 +109,7 @@ def sample(
     ]
     if not items:
         raise RecipeError(
-            f"label.sample.model={cfg.model} gives the same answer to a prompt each time: raise "
-            "label.sample.temperature"
+            f"{cfg.model} gives the same answer to a prompt each time: raise the temperature"
         )
     fewer = sum(len(item["responses"]) < cfg.num_responses for item in items)
     left_out = len(chosen) - len(items)

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,13 @@ class Stub:
     def update(self, *_: Any) -> dict[str, float]:
         return {}
 
-    def weights(self) -> tuple[bool, bytes]:
-        return True, b"0" * WEIGHTS_BYTES
+    def weights(self, dtype: str) -> Iterator[bytes]:
+        yield b"0" * WEIGHTS_BYTES
 
-    def load_weights(self, _: bytes, version: int) -> int:
+    def dtype(self) -> str:
+        return "float32"
+
+    def load_weights(self, version: int, *_: bytes) -> int:
         return version
 
     def save(self, folder: str) -> None:

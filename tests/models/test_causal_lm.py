@@ -202,7 +202,7 @@ def test_gradient_across_blocks_and_a_second_backward_is_refused(
     ids, mask = ragged()
     whole = torch.autograd.grad(token_log_probs(model, ids, mask).sum(), list(model.parameters()))
     monkeypatch.setattr(
-        "rayrlhf.models.causal_lm._blocks",
+        "rayrlhf.models.output_head._blocks",
         lambda logits: (slice(i, i + 2) for i in range(0, len(logits), 2)),
     )
     loss = token_log_probs(model, ids, mask).sum()
@@ -242,7 +242,7 @@ def test_large_logits_are_never_held_and_change_nothing(
     whole = run()
     assert len(sizes) == 1
     count = sizes.pop()
-    monkeypatch.setattr("rayrlhf.models.causal_lm.LOGITS_BYTES", 4 * V * 3)
+    monkeypatch.setattr("rayrlhf.models.output_head.LOGITS_BYTES", 4 * V * 3)
     chunked = run()
     assert max(sizes) == 3 < count
     assert sum(sizes) == 2 * count  # forward, and again for backward

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rayrlhf.config import ModelConfig, TrainingConfig
-from rayrlhf.models import causal_lm
+from rayrlhf.models import output_head
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
 from rayrlhf.training.backend import Backend, make_backend
 
@@ -50,7 +50,7 @@ def make_rows() -> list[Tensor]:
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    causal_lm.LOGITS_BYTES = 4 * V * 10  # 10 tokens a part: one part here, five there
+    output_head.LOGITS_BYTES = 4 * V * 10  # 10 tokens a part: one part here, five there
     for tied in (False, True):
         weights = train(backend_of(tied, backend="deepspeed", zero_stage=3), [make_rows()[rank]])
         torch.save(weights, folder / f"{tied} {rank}")

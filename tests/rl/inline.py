@@ -1,7 +1,7 @@
 """Stand-ins for Ray and for vLLM: everything happens at once, in this process."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,33 @@ class InlineRay:
         return refs[:num_returns], refs[num_returns:]
 
 
+class InlineStream:
+    """Stands in for a generator of references whose task is done, or died."""
+
+    def __init__(self, found: Any) -> None:
+        self.error = found if isinstance(found, Exception) else None
+        self.refs = [] if self.error else [Ref(part) for part in found]
+
+    def completed(self) -> Ref:
+        return Ref(self.error)
+
+    def __iter__(self) -> Iterator[Ref]:
+        return iter(self.refs)
+
+
 class InlineMethod:
-    def __init__(self, function: Callable[..., Any], num_returns: int = 1) -> None:
+    def __init__(self, function: Callable[..., Any], num_returns: int | str = 1) -> None:
         self.function, self.num_returns = function, num_returns
 
-    def options(self, *, num_returns: int = 1, concurrency_group: str = "") -> "InlineMethod":
+    def options(self, *, num_returns: int | str = 1, concurrency_group: str = "") -> "InlineMethod":
         del concurrency_group
         return InlineMethod(self.function, num_returns)
 
     def remote(self, *args: Any) -> Any:
         value = self.function(*[a.value if isinstance(a, Ref) else a for a in args])
-        return Ref(value) if self.num_returns == 1 else [Ref(part) for part in value]
+        if self.num_returns == "streaming":
+            return InlineStream(value)
+        return Ref(value)
 
 
 class InlineHandle:

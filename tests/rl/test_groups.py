@@ -1,6 +1,7 @@
 """Calls to roles: order, deadlines, and errors that name the role and the call."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,16 +103,20 @@ def test_an_error_of_a_worker_names_the_role(
 
 
 class WeightSource:
-    def weights(self) -> tuple[bool, dict[str, int]]:
-        return True, {"w": 1}
+    def weights(self, dtype: str) -> Iterator[dict[str, int]]:
+        assert dtype == "float32"
+        yield from ({"w": 1}, {"v": 2})
 
 
 class Engine:
     def __init__(self, says: int) -> None:
         self.says = says
-        self.weights: dict[str, int] = {}
+        self.weights: tuple[dict[str, int], ...] = ()
 
-    def load_weights(self, weights: dict[str, int], version: int) -> int:
+    def dtype(self) -> str:
+        return "float32"
+
+    def load_weights(self, version: int, *weights: dict[str, int]) -> int:
         self.weights = weights
         return self.says
 
@@ -121,7 +126,7 @@ def test_every_engine_acknowledges_the_version(inline_ray: None) -> None:
     rollout = RolloutGroup([InlineHandle(engine) for engine in engines], deadline_s=1)
     actor = ActorGroup([InlineHandle(WeightSource())], deadline_s=1)
     sync_weights(actor, rollout, version=4)
-    assert [engine.weights for engine in engines] == [{"w": 1}] * 2
+    assert [engine.weights for engine in engines] == [({"w": 1}, {"v": 2})] * 2
     with pytest.raises(RuntimeError, match="engine 0 acknowledged version 4"):
         sync_weights(actor, rollout, version=5)
 
@@ -142,16 +147,18 @@ def test_weights_never_come_to_the_controller(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(waiting, "ray", Watched)
     actor = ActorGroup([InlineHandle(WeightSource()) for _ in range(2)], deadline_s=1)
-    assert actor.weights().wait().value == {"w": 1}
+    assert [ref.value for ref in actor.weights("float32").wait()] == [{"w": 1}, {"v": 2}]
     assert seen
     assert {"w": 1} not in seen
 
 
-def test_a_sync_that_hangs_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_that_hangs_names_itself(inline_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = RolloutGroup([InlineHandle(Engine(1))], deadline_s=1)
+    assert rollout.dtype() == "float32"
     monkeypatch.setattr(waiting, "ray", Late)
     actor = ActorGroup([InlineHandle(WeightSource())], deadline_s=0.01)
     with pytest.raises(TimeoutError, match=r"actor\.weights"):
-        sync_weights(actor, RolloutGroup([], deadline_s=1), version=1)
+        sync_weights(actor, rollout, version=1)
 
 
 def test_prompts_are_dealt_to_engines_in_order(inline_ray: None) -> None:

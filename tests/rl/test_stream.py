@@ -91,7 +91,7 @@ def test_weights_come_in_the_middle_of_a_response() -> None:
 
 def test_an_engine_that_has_other_weights_stops_the_run() -> None:
     engine = StubRollout()
-    engine.load_weights = lambda weights, version: 7  # type: ignore[method-assign]
+    engine.load_weights = lambda version, *weights: 7  # type: ignore[method-assign]
     stream = make_stream(config(max_staleness=1), stub_roles([engine]), PROMPTS)
     stream.advance(0, version=0)
     with pytest.raises(RuntimeError, match="acknowledged version 7"):

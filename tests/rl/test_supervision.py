@@ -43,12 +43,12 @@ class Mortal:
     def update(self, experience: Any, step: int) -> Any:
         return self._answer("update", step, usually={"loss": 1.0})
 
-    def load_weights(self, weights: Any, version: int) -> Any:
+    def load_weights(self, version: int, *weights: Any) -> Any:
         self.version = version
         return self._answer("load_weights", version, usually=version)
 
-    def keep_weights(self, frozen: Any) -> Any:
-        return self._answer("keep_weights", frozen)
+    def keep_weights(self, *frozen: Any) -> Any:
+        return self._answer("keep_weights", *frozen)
 
     def generate(self, prompts: Any, first: int, step: int) -> Any:
         row = torch.tensor([1])
@@ -111,9 +111,9 @@ def test_a_successor_repeats_the_call(
 
 def test_a_new_engine_catches_up_alone(make: Make, log: Log) -> None:
     group = make(RolloutGroup, {}, {"generate": DEAD}, size=2)
-    group.keep_weights("frozen").wait()
+    group.keep_weights(["frozen"]).wait()
     for version in (1, 2):
-        group.load_weights("weights", version).wait()
+        group.load_weights(["weights"], version).wait()
     log.clear()
     rollout = group.generate([[1], [2]], 5).wait()
     assert rollout.weight_versions.tolist() == [2, 2]
@@ -130,9 +130,9 @@ def test_a_new_engine_catches_up_alone(make: Make, log: Log) -> None:
 def test_calls_in_flight_are_repeated_under_the_weights_that_they_had(make: Make, log: Log) -> None:
     """A rollout that was asked for before its engine got new weights, and is waited for after."""
     group = make(RolloutGroup, {"generate": DEAD})
-    group.load_weights("weights", 1).wait()
+    group.load_weights(["weights"], 1).wait()
     flying = group.generate([[1]], 5)
-    loading = group.load_weights("weights", 2)
+    loading = group.load_weights(["weights"], 2)
     log.clear()
     assert flying.wait().weight_versions.tolist() == [1]
     assert loading.wait() == [2]
@@ -149,7 +149,7 @@ def test_a_death_between_two_calls_is_noticed_by_the_next(make: Make, log: Log) 
     group = make(RolloutGroup, {"load_weights": DEAD})
     group.generate([[1]], 0).wait()
     log.clear()
-    assert group.load_weights("weights", 1).wait() == [1]
+    assert group.load_weights(["weights"], 1).wait() == [1]
     assert log[1:] == [("rollout0'", "start"), ("rollout0'", "load_weights", 1)]
 
 

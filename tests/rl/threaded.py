@@ -4,7 +4,7 @@ The workers are stubs of the five roles that take a given time and know nothing 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -52,9 +52,11 @@ class ThreadedRay:
 class ThreadedMethod:
     def __init__(self, run: ThreadPoolExecutor, function: Callable[..., Any]) -> None:
         self.run, self.function = run, function
-        self.num_returns = 1
+        self.num_returns: int | str = 1
 
-    def options(self, *, num_returns: int = 1, concurrency_group: str = "") -> "ThreadedMethod":
+    def options(
+        self, *, num_returns: int | str = 1, concurrency_group: str = ""
+    ) -> "ThreadedMethod":
         run = ThreadPoolExecutor(1) if concurrency_group else self.run
         method = ThreadedMethod(run, self.function)
         method.num_returns = num_returns
@@ -64,14 +66,22 @@ class ThreadedMethod:
         def call() -> Any:
             return self.function(*[a.result() if isinstance(a, Future) else a for a in args])
 
-        whole = self.run.submit(call)
-        if self.num_returns == 1:
-            return whole
-        return [ThreadPoolExecutor(1).submit(part, whole, i) for i in range(self.num_returns)]
+        if self.num_returns == "streaming":
+            return ThreadedStream(self.run.submit(lambda: list(call())))
+        return self.run.submit(call)
 
 
-def part(whole: Future[Any], index: int) -> Any:
-    return whole.result()[index]
+class ThreadedStream:
+    """Stands in for a generator of references."""
+
+    def __init__(self, parts: Future[list[Any]]) -> None:
+        self.parts = parts
+
+    def completed(self) -> Future[list[Any]]:
+        return self.parts
+
+    def __iter__(self) -> Iterator[Future[Any]]:
+        return iter([ThreadedRay.put(part) for part in self.parts.result()])
 
 
 class ThreadedHandle:
@@ -113,7 +123,10 @@ class StubRollout:
     def probe(self, prompts: list[list[int]], temperature: float) -> Rollout:
         return StubRollout().generate(prompts, 0, 0)
 
-    def load_weights(self, weights: Any, version: int) -> int:
+    def dtype(self) -> str:
+        return "float32"
+
+    def load_weights(self, version: int, *weights: Any) -> int:
         self.version = version
         return version
 
@@ -141,8 +154,8 @@ class StubModel:
         time.sleep(self.update_s)
         return {}
 
-    def weights(self) -> Any:
-        return True, {}
+    def weights(self, dtype: str) -> Iterator[dict[str, Any]]:
+        yield {}
 
     def save(self, folder: str) -> None:
         (Path(folder) / STATE_DIR).mkdir(exist_ok=True)

@@ -129,7 +129,7 @@ def test_completions_of_a_policy(tiny_tokenizer: Path, capsys: pytest.CaptureFix
     assert calls[0] == 12 and 1 < len(calls) <= 3 and calls[1] < 12
     assert "1 with fewer than two are left out" in capsys.readouterr().out
     assert found == sample(records, generate, tokenizer, cfg, room=30, seed=0)
-    with pytest.raises(RecipeError, match="raise label.sample.temperature"):
+    with pytest.raises(RecipeError, match="raise the temperature"):
         sample(records[1:2], generate, tokenizer, cfg, room=30, seed=0)
     turns = [{"messages": [{"role": "user", "content": "x"}] * 2}]
     with pytest.raises(RecipeError, match="several messages"):
