@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import set_num_threads  # vLLM puts one that does nothing in its place
+from torch import Tensor, set_num_threads  # vLLM puts one that does nothing in its place
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ENVIRONMENT = {
@@ -83,6 +83,12 @@ class Engine:
             dynamo.disable = True
             set_num_threads(num_threads)
         from vllm import LLM
+
+        if not on_gpu:
+            from vllm.v1.sample import sampler
+
+            # Nobody reads the ranks of sampled tokens, which uncompiled take as long as sampling.
+            sampler.batched_count_greater_than = _no_ranks
 
         self.eos_token_id = eos_token_id
         if eos_token_id is None:
@@ -272,6 +278,11 @@ def engine_arguments(  # noqa: PLR0913 (vLLM has these knobs)
         # generators of a CPU cannot.
         arguments["enable_chunked_prefill"] = False
     return arguments
+
+
+def _no_ranks(log_probs: Tensor, _: Tensor) -> Tensor:
+    """Return zeros (n,) in place of the ranks of the tokens sampled from `log_probs` (n, V)."""
+    return torch.zeros(len(log_probs), dtype=torch.int64)
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:

@@ -72,8 +72,10 @@ def model_folder(folder: Path, *, quick: bool) -> tuple[Path, int]:
         small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         config.update({**small, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
         model = AutoModelForCausalLM.from_config(config)
+    never = tokenizer.convert_tokens_to_ids("<file_sep>")
+    model.config.eos_token_id = model.generation_config.eos_token_id = never
     model.save_pretrained(folder)
-    return folder, tokenizer.convert_tokens_to_ids("<file_sep>")
+    return folder, never
 
 
 def settings_of(model: Path, never: int, args: argparse.Namespace) -> Any:
