@@ -113,6 +113,9 @@ def hash_path(path: Path) -> str:
 def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]:
     """Return the hashes of all that `stage` reads: sections, data files, earlier outputs."""
     tree = recipe.model_dump(mode="json")
+    if recipe.rounds is not None:  # one more of them, or a longer wait, leaves those that are there
+        for key in ("num_rounds", "deadline_s"):
+            del tree["rounds"][key]
     read = {f"recipe.{name}": _hash_json(tree[name]) for name in SECTIONS[stage]}
     read["recipe.seed"] = _hash_json(recipe.seed)
     for name, path in files.items():

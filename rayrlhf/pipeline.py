@@ -206,9 +206,9 @@ def is_current(recipe: Recipe, stage: str) -> bool:
 def _inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     """Return the hashes of what `stage` reads: its data files and local start model, and more."""
     data = {
-        f"{stage}.{named.key}": storage.fingerprint(named.path)
+        f"{named.stage}.{named.key}": storage.fingerprint(named.path)
         for named in data_files(recipe)
-        if named.stage == stage
+        if named.stage == stage or (stage == "rounds" and named.stage in lineage.ROUND)
     }
     if stage == "corpus" and recipe.corpus is not None:
         for path in recipe.corpus.decontaminate:

@@ -193,6 +193,53 @@ def test_killed_at_any_time_it_resumes_to_the_same_numbers(
     assert made["sft"]["finished"] == expected["sft"]["finished"]
 
 
+def test_two_rounds_killed_and_resumed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """After the stages of a run that is there: they stay, and the evaluation has the rounds."""
+    recipe, run = finished[0], tmp_path / "run"
+    copy_without(recipe.parent / "run", run, "evaluate")
+    rounds_of = ("num_rounds=2", "judge=vader", "num_prompts=24")
+    overrides = (f"run_dir={run}", *(f"rounds.{each}" for each in rounds_of))
+    run_and_kill(recipe, run, "rounds/01/ppo", 3, *overrides)
+    kept = [
+        run / "rounds/01" / name for name in ("samples.jsonl", "reward/final/model.safetensors")
+    ]
+    before = [path.stat().st_mtime_ns for path in kept]
+    done = toy.run("pipeline", recipe, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    for stage in ("reward", "ppo"):
+        steps = [row["step"] for row in read_jsonl(run / f"rounds/01/{stage}/metrics.jsonl")]
+        assert steps == list(range(1, len(steps) + 1))
+    first = read_jsonl(run / "rounds/02/ppo/metrics.jsonl")[0]
+    assert first["kl/ref_per_response"] != 0  # it goes on from round 1, the reference does not
+
+    rounds = json.loads((run / "rounds/rounds.json").read_text())
+    assert rounds["judge"] == "vader"
+    sizes = [row["num_comparisons"] for row in rounds["rounds"]]
+    assert sizes == [
+        48 + rounds["rounds"][0]["num_new"],
+        48 + sum(row["num_new"] for row in rounds["rounds"]),
+    ]
+    results = json.loads((run / "evaluation/results.json").read_text())
+    assert results["rounds"] == rounds
+    assert results["battles"]["models"][-2:] == ["round-1", "round-2"]
+    for found in results["battles"]["judges"].values():
+        gains = found["rating_gains"]
+        assert {name: gain["over"] for name, gain in gains.items()} == {
+            "round-1": "ppo_ptx",
+            "round-2": "round-1",
+        }
+        rated = found["ratings"]
+        for name, gain in gains.items():
+            assert gain["low"] <= gain["elo"] <= gain["high"]
+            assert gain["elo"] == pytest.approx(rated[name]["elo"] - rated[gain["over"]]["elo"])
+    page = (run / "report.html").read_text()
+    assert "Rounds of feedback" in page and "round 2" in page
+
+    again = toy.run("pipeline", recipe, *overrides)
+    assert again.stdout.count("unchanged, nothing to do") == 8, again.stdout + again.stderr
+
+
 def test_ray_job_submit(finished: tuple[Path, str], tmp_path: Path) -> None:
     """A local cluster, started as on a real one, and the README's command.
 

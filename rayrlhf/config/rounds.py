@@ -29,8 +29,6 @@ class RoundsConfig(Section):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a round's prompts that no reward model trains on: there the reward models before
     and after the round are compared."""
-    memory_gib: PositiveFloat = 0.25
-    """KV cache of the engine that samples, on CPU, GiB."""
     deadline_s: PositiveFloat = 3600
     """Longest that the sampling of a round may take."""
 

@@ -1,5 +1,6 @@
 """The comparison itself: from answers, scores and models to the entries of results.json."""
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -212,3 +213,10 @@ def samples(
 def device() -> torch.device:
     """Return what models and judges compute on in this process."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release() -> None:
+    """Give back what models that nobody holds any more had of a GPU's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

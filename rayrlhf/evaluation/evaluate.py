@@ -94,7 +94,9 @@ def evaluate(recipe: Recipe) -> Path:
         recipe=recipe,
     )
     results["battles"] = battles.fight(asked.answers, judges, scores, anchor=results["reference"])
-    results["rounds"] = lineage.read_json(recipe.path / lineage.OUTPUTS["rounds"]) or None
+    results["rounds"] = (
+        lineage.read_json(recipe.path / lineage.OUTPUTS["rounds"]) if recipe.rounds else None
+    )
     rows = held_out_rows(recipe, texts)
     _say(
         f"entropy, KL and the loss on {sum(map(len, rows.values()))} held-out rows, "

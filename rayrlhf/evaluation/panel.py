@@ -11,7 +11,7 @@ from rayrlhf.config import JudgeConfig, Recipe, RecipeError, judge_key
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompts
 from rayrlhf.data.tokenizer import check_vocabulary, encode_text, read_tokenizer
-from rayrlhf.evaluation.comparison import device
+from rayrlhf.evaluation.comparison import device, release
 from rayrlhf.evaluation.judges import Answer, RewardJudge
 from rayrlhf.evaluation.llm_judge import LLMJudge
 from rayrlhf.evaluation.verdicts import VerdictCache
@@ -98,7 +98,7 @@ class ModelJudge:
             device=device(),
             tokens_per_batch=self._tokens_per_batch,
         )
-        return {
+        found = {
             model: judge.score_ids(
                 [
                     [*prompt, *encode_text(self._tokenizer, answer.response), eos_id]
@@ -107,6 +107,9 @@ class ModelJudge:
             )
             for model, given in answers.items()
         }
+        del judge
+        release()
+        return found
 
 
 ScoreJudge = FunctionJudge | ModelJudge

@@ -52,7 +52,7 @@ def rounds_section(results: Mapping[str, Any]) -> str:
 
 
 def _judge(judge: str) -> str:
-    return JUDGES.get(judge, judge)
+    return "VADER" if judge == "vader" else judge
 
 
 def _share(found: Found, *, signed: bool = False) -> str:

@@ -188,14 +188,11 @@ class ActorGroup(TrainedGroup):
     def _gathered(
         self, call: str, method: Callable[[Handle], Any], dtype: str
     ) -> Pending[list[Ref]]:
-        streams: list[Any] = []
-
         # A wait brings what it waits for to this process: it waits for the end of each stream.
         def submit(worker: Handle) -> Ref:
-            streams.append(method(worker).options(num_returns="streaming").remote(dtype))
-            return streams[-1].completed()
+            return method(worker).options(num_returns="streaming").remote(dtype)
 
-        return self._all(call, submit, lambda _: list(streams[0]))
+        return self._all(call, submit, lambda found: found[0])
 
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""

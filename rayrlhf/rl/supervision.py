@@ -63,6 +63,12 @@ class Call:
     is_again: bool = False
     """Whether a successor does it: then it has to be waited for, whoever asked for it."""
     result: Any = None
+    stream: Any = None
+    """What yields references one by one, and last one to None, or to the error it ended with."""
+
+    def __post_init__(self) -> None:
+        if hasattr(self.ref, "completed"):
+            self.stream, self.ref = self.ref, self.ref.completed()
 
     def done(self, result: Any) -> None:
         """Take in the answer."""

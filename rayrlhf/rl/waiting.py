@@ -154,7 +154,7 @@ def _same(value: T) -> T:
 def _take_in(pending: Pending[Any], call: Call, answer: Callable[[], Any]) -> None:
     """Take in the answer to a call; see `wait_all`."""
     try:
-        call.done(answer())
+        call.done(answer() if call.stream is None else _items(call, answer))
     except DEATHS as error:
         _died(pending, call, error)
     except ray.exceptions.RayTaskError as error:
@@ -163,6 +163,17 @@ def _take_in(pending: Pending[Any], call: Call, answer: Callable[[], Any]) -> No
         if pending.is_collective:
             _look_for_the_dead(pending, call)
         raise RuntimeError(f"{pending.role}.{call.name} failed: {error}") from error
+
+
+def _items(call: Call, answer: Callable[[], Any]) -> list[Ref]:
+    """Return the references of a stream that has ended; raises what it ended with.
+
+    Ray tells of a death by the end of the task, and of an exception by the last item.
+    """
+    answer()
+    refs = list(call.stream)
+    ray.get(refs[-1])
+    return refs[:-1]
 
 
 def _died(pending: Pending[Any], call: Call, error: Exception) -> None:

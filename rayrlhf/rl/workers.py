@@ -287,14 +287,19 @@ class ActorWorker(TrainedWorker):
             rows += unpadded(log_probs, micro.mask)[: len(group)]
         return Rows.of(indices, rows)
 
-    def weights(self, dtype: str) -> Iterator[Bucket]:
-        """Yield what trains, for engines that compute in `dtype`; rank 0 only, the others help."""
+    def weights(self, dtype: str) -> Iterator[Bucket | None]:
+        """Yield what trains, for engines that compute in `dtype`, and None at the end.
+
+        Only rank 0 has buckets; the others take part.
+        """
         with self.clock.phase("weights"):
             yield from self._gathered(dtype, frozen=False)
+        yield None
 
-    def frozen_weights(self, dtype: str) -> Iterator[Bucket]:
+    def frozen_weights(self, dtype: str) -> Iterator[Bucket | None]:
         """Yield the like of what training leaves as it is beside its adapters."""
         yield from self._gathered(dtype, frozen=True)
+        yield None
 
     def _gathered(self, dtype: str, *, frozen: bool) -> Iterator[Bucket]:
         """Yield weights as a plain model has them: what an adapter adds is in them."""

@@ -13,7 +13,7 @@ from rayrlhf.data.datasets import encode_prompt
 from rayrlhf.data.records import Record
 from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.evaluation.bootstrap import as_dict, ratio_interval
-from rayrlhf.evaluation.comparison import device
+from rayrlhf.evaluation.comparison import device, release
 from rayrlhf.evaluation.judges import RewardJudge
 from rayrlhf.models.scalar_head import ScalarHeadModel
 
@@ -41,6 +41,8 @@ def scores_of(
             for response in record["responses"]
         ]
     )
+    del judge
+    release()
     ends = np.cumsum([len(record["responses"]) for record in records])
     return np.split(scores, ends[:-1])
 

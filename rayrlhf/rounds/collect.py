@@ -1,5 +1,6 @@
 """Answers of the current policy, and what the judge of the rounds says of them, as comparisons."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from itertools import combinations
@@ -24,7 +25,7 @@ from rayrlhf.serving import exchange
 from rayrlhf.serving.database import Database
 from rayrlhf.serving.label import FOLDER as LABEL_FOLDER
 from rayrlhf.serving.sampling import sample_items
-from rayrlhf.serving.store import Store
+from rayrlhf.serving.store import Store, item_id
 
 Floats = npt.NDArray[np.float64]
 LINE_EVERY_S = 30.0
@@ -40,18 +41,29 @@ def sample(recipe: Recipe, round_: Recipe, policy: str) -> None:
     if path.exists():
         return
     wanted = SampleConfig(
-        model=policy,
-        prompts=cfg.prompts or ppo.prompts,
+        model=_absolute(policy),  # where the task runs is another folder
+        prompts=_absolute(cfg.prompts or ppo.prompts),
         num_prompts=cfg.num_prompts,
         num_responses=cfg.num_responses,
         max_response_tokens=ppo.max_response_tokens,
         temperature=ppo.temperature,
-        memory_gib=cfg.memory_gib,
+        memory_gib=ppo.rollout_memory_gib,
     )
     session.connect(recipe)
     engine = recipe.resources.rollout
-    task = ray.remote(num_cpus=engine.cpus, num_gpus=engine.gpus, max_retries=1)(sample_items)
-    answer = task.remote(round_, wanted, path.absolute(), key="rounds")
+    # A process for this alone: vLLM leaves its mark on the one that it was in.
+    task = ray.remote(num_cpus=engine.cpus, num_gpus=engine.gpus, max_retries=1, max_calls=1)(
+        sample_items
+    )
+    answer = task.remote(
+        round_,
+        wanted,
+        path.absolute(),
+        key="rounds",
+        dtype=ppo.actor.precision,
+        tensor_parallel=max(1, int(engine.gpus)),
+        gpu_memory=recipe.resources.rollout_gpu_memory,
+    )
     started = time.monotonic()
     while not ray.wait([answer], timeout=LINE_EVERY_S)[0]:
         seconds = time.monotonic() - started
@@ -79,17 +91,19 @@ def judge(recipe: Recipe, round_: Recipe, tokenizer: PreTrainedTokenizerFast) ->
         return
     items = read_records(round_.path / SAMPLES, "item")
     if cfg.judge == "people":
-        found = _of_people(round_, num_items=len(items))
+        found = _of_people(round_, items)
     else:
         found = _ranked(items, _points(items, cfg, recipe, tokenizer))
     found = [{**record, "source": round_.path.name} for record in found]
     kept = [record for record in found if len(set(record["ranks"])) > 1]
-    num_held_out = min(max(1, round(cfg.held_out * len(kept))), len(kept) - 1)
-    if num_held_out < 1:
+    if len(kept) < 2:
         raise RecipeError(
             f"rounds: of {len(items)} prompts {len(kept)} have answers of which one is better, and "
             "a round needs two: raise rounds.num_prompts, or name another rounds.judge"
         )
+    kept.sort(key=lambda record: _place(record, recipe.seed))
+    num_held_out = sum(_place(record, recipe.seed) < cfg.held_out for record in kept)
+    num_held_out = min(max(1, num_held_out), len(kept) - 1)
     console.say(
         f"{'rounds':>9} {len(kept)} of {len(items)} prompts have answers that differ for the "
         f"judge; {num_held_out} of them are held out"
@@ -112,22 +126,39 @@ def gather(recipe: Recipe, folders: Sequence[Path]) -> int:
     return len(records)
 
 
-def _of_people(round_: Recipe, *, num_items: int) -> list[Record]:
+def _place(record: Record, seed: int) -> float:
+    """Return a number in [0, 1) of the prompt: one that is held out is so in every round."""
+    digest = hashlib.blake2b(f"{seed}/{record['prompt']}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _absolute(place: str) -> str:
+    """Return a local path from the root on, and anything else as it is."""
+    return place if ":" in place or not Path(place).exists() else str(Path(place).absolute())
+
+
+def _of_people(round_: Recipe, items: Sequence[Record]) -> list[Record]:
     """Return what people said on the page; raises PeopleNeeded as long as items are left."""
     label = round_.label
     assert label is not None, "Recipe checks it"
+    # A database on a server has what was said in other rounds, too.
+    wanted = {item_id(item["prompt"], item["responses"]) for item in items}
     folder = (round_.path / LABEL_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     database = Database(label.database, folder)
     store = Store(database, claim_s=label.claim_s)
     try:
-        records = exchange.ranked_records(store)
-        num_seen = len({row.item for row in store.rankings()})
+        seen = {row.item for row in store.rankings()} & wanted
+        records = [
+            record
+            for record in exchange.ranked_records(store)
+            if item_id(record["prompt"], record["responses"]) in wanted
+        ]
     finally:
         database.close()
-    if num_seen < num_items:
+    if seen < wanted:
         raise PeopleNeeded(
-            f"{round_.name} waits for people: {num_seen} of {num_items} prompts are judged. "
+            f"{round_.name} waits for people: {len(seen)} of {len(wanted)} prompts are judged. "
             f"`rayrlhf label {round_.path / 'recipe.yaml'}` opens the page; run this command again "
             "when they are done"
         )
@@ -181,13 +212,11 @@ def _wins(items: Sequence[Record], judge: LLMJudge) -> list[Floats]:
 
 
 def _ranked(items: Sequence[Record], points: Sequence[Floats]) -> list[Record]:
-    """Return comparison records, of one rater each."""
-    return [
-        {
-            **item,
-            "ranks": exchange.dense_ranks(given),
-            "ratings": given.tolist(),
-            "single_ratings": [[value] for value in given.tolist()],
-        }
-        for item, given in zip(items, points, strict=True)
-    ]
+    """Return comparison records of one rater each, with ratings as those of people on the page."""
+    found = []
+    for item, given in zip(items, points, strict=True):
+        ranks = exchange.dense_ranks(given)
+        ratings = (len(given) + 1 - exchange.mid_ranks(ranks)).tolist()
+        single = [[rating] for rating in ratings]
+        found.append({**item, "ranks": ranks, "ratings": ratings, "single_ratings": single})
+    return found

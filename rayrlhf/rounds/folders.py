@@ -51,7 +51,7 @@ def round_recipe(recipe: Recipe, number: int) -> Recipe:
             "run_dir": str(folder),
             "seed": recipe.seed + SEEDS_APART * number,
             "reward": recipe.reward.model_copy(
-                update={"train": str(folder / COMPARISONS), "gold": None}
+                update={"train": str(folder / COMPARISONS), "gold": None, "num_members": 1}
             ),
             "ppo": recipe.ppo.model_copy(update={"init": policy_before(recipe, number)}),
             "dpo": None,

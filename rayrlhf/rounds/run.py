@@ -13,7 +13,7 @@ on with the first part that is missing, or, inside 3 and 4, from their newest ch
 from pathlib import Path
 from typing import Any
 
-from rayrlhf import console, lineage, pipeline
+from rayrlhf import console, lineage, pipeline, run_dir
 from rayrlhf.config import Recipe
 from rayrlhf.data.records import read_records
 from rayrlhf.data.tokenizer import load_tokenizer
@@ -45,16 +45,17 @@ def iterate(recipe: Recipe) -> Path:
         folders.append(round_.path)
         console.say(f"{'rounds':>9} round {number} of {recipe.rounds.num_rounds}")
         open_folder(recipe, round_)
-        collect.sample(recipe, round_, policy_before(recipe, number))  # 1
-        collect.judge(recipe, round_, tokenizer)  # 2
-        num_comparisons = collect.gather(recipe, folders)
-        with pipeline.tracked(round_, "reward") as needed:  # 3
-            if needed:
-                train_reward(round_)
-        found.append(_accuracy(recipe, round_, number) | {"num_comparisons": num_comparisons})
-        with pipeline.tracked(round_, "ppo") as needed:  # 4
-            if needed:
-                train_ppo(round_)
+        with run_dir.held(round_):
+            collect.sample(recipe, round_, policy_before(recipe, number))  # 1
+            collect.judge(recipe, round_, tokenizer)  # 2
+            num_comparisons = collect.gather(recipe, folders)
+            with pipeline.tracked(round_, "reward") as needed:  # 3
+                if needed:
+                    train_reward(round_)
+            found.append(_accuracy(recipe, round_, number) | {"num_comparisons": num_comparisons})
+            with pipeline.tracked(round_, "ppo") as needed:  # 4
+                if needed:
+                    train_ppo(round_)
     path = recipe.path / lineage.OUTPUTS["rounds"]
     judge = recipe.rounds.judge
     name = judge if isinstance(judge, str) else judge.title

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -23,24 +24,26 @@ TRIES = 3
 
 
 def sample_items(
-    recipe: Recipe, cfg: SampleConfig, path: Path, *, key: str = "label.sample"
+    recipe: Recipe, cfg: SampleConfig, path: Path, *, key: str = "label.sample", **engine: Any
 ) -> int:
     """Sample `cfg.num_responses` completions of each prompt into `path`; return the prompts.
 
-    Raises RecipeError when the prompts cannot be read or none fits; it names the section `key`.
+    `engine` are further settings of the engine. Raises RecipeError when the prompts cannot be read
+    or none fits; it names the section `key`.
     """
     records = read_records(cfg.prompts, "prompt")
     folder = builtin.resolve(cfg.model)
-    engine = Engine(
+    answering = Engine(
         folder,
         max_length=recipe.model.max_length,
         memory_gib=cfg.memory_gib,
         num_threads=recipe.resources.rollout.num_threads,
+        **engine,
     )
     try:
         items = sample(
             records,
-            partial(_generate, engine, cfg),
+            partial(_generate, answering, cfg),
             AutoTokenizer.from_pretrained(folder),
             cfg,
             room=recipe.model.max_length - cfg.max_response_tokens,
@@ -48,7 +51,7 @@ def sample_items(
         )
     except RecipeError as error:
         raise RecipeError(f"{key}: {error}") from None
-    del engine
+    del answering
     gc.collect()  # the arena's engines need the memory
     exchange.write(path, items)
     return len(items)

@@ -68,8 +68,8 @@ class Stub:
     def update(self, *_: Any) -> dict[str, float]:
         return {}
 
-    def weights(self, dtype: str) -> Iterator[bytes]:
-        yield b"0" * WEIGHTS_BYTES
+    def weights(self, dtype: str) -> Iterator[bytes | None]:
+        yield from (b"0" * WEIGHTS_BYTES, None)
 
     def dtype(self) -> str:
         return "float32"

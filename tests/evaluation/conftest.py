@@ -226,6 +226,7 @@ def _cost(answer: dict[str, Any]) -> dict[str, Any]:
             "gains": [{**marked, "rules": []}],
             "marked": [marked],
         },
+        "rounds": None,
         "overoptimisation": {
             "gold_model": "runs/toy/reward/gold/final",
             "num_prompts": 8,

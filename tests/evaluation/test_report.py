@@ -149,6 +149,35 @@ def test_every_table_has_a_caption_and_headers(results: Results) -> None:
         assert body.count("<tr>") == body.count('<tr><th scope="row">') > 0
 
 
+def test_rounds_show_what_they_added_and_what_it_was_worth(results: Results) -> None:
+    def share(value: float, low: float, high: float) -> dict[str, float]:
+        return {"value": value, "low": low, "high": high}
+
+    row = {
+        "round": 1,
+        "num_new": 319,
+        "num_comparisons": 3382,
+        "num_held_out": 80,
+        "num_pairs": 458,
+        "pair_accuracy_before": share(0.76, 0.71, 0.8),
+        "pair_accuracy": share(0.825, 0.78, 0.87),
+        "pair_accuracy_gain": share(0.065, 0.027, 0.103),
+    }
+    gain = {"over": "ppo", "elo": 51.2, "low": 0.6, "high": 101.8}
+    judges = {
+        name: {**found, "rating_gains": {"round-1": gain}}
+        for name, found in results["battles"]["judges"].items()
+    }
+    found = {"judge": "<b>ann</b>", "rounds": [row]}
+    shown = {**results, "rounds": found, "battles": {**results["battles"], "judges": judges}}
+    page = render(shown, [], recipe_yaml="")
+    text = _parse(page).text
+    for word in ("round 1", "3,382", "76.0%71.0 to 80.0", "+6.5%+2.7 to +10.3", "+51+1 to +102"):
+        assert word in text
+    assert "<b>ann</b>" not in page
+    assert "Rounds of feedback" not in render(results, [], recipe_yaml="")
+
+
 def test_battles_have_ratings_pairs_lengths_and_positions(
     results: Results, drawn: list[Figure]
 ) -> None:
@@ -224,6 +253,7 @@ def test_one_model_alone_makes_a_report(results: Results) -> None:
         "alignment_tax": {},
         "few_shot": None,
         "overoptimisation": None,
+        "rounds": None,
         "hacking": {
             **results["hacking"],
             "shares": {"base": results["hacking"]["shares"]["base"]},

@@ -73,11 +73,19 @@ class InlineRay:
 
 
 class InlineStream:
-    """Stands in for a generator of references whose task is done, or died."""
+    """Stands in for a generator of references whose task is done, or died.
+
+    As with Ray, an exception of the task is its last item.
+    """
 
     def __init__(self, found: Any) -> None:
         self.error = found if isinstance(found, Exception) else None
-        self.refs = [] if self.error else [Ref(part) for part in found]
+        self.refs: list[Ref] = []
+        try:
+            for part in () if self.error else found:
+                self.refs.append(Ref(part))
+        except ray.exceptions.RayTaskError as error:
+            self.refs.append(Ref(error))
 
     def completed(self) -> Ref:
         return Ref(self.error)

@@ -103,9 +103,9 @@ def test_an_error_of_a_worker_names_the_role(
 
 
 class WeightSource:
-    def weights(self, dtype: str) -> Iterator[dict[str, int]]:
+    def weights(self, dtype: str) -> Iterator[dict[str, int] | None]:
         assert dtype == "float32"
-        yield from ({"w": 1}, {"v": 2})
+        yield from ({"w": 1}, {"v": 2}, None)
 
 
 class Engine:
@@ -150,6 +150,17 @@ def test_weights_never_come_to_the_controller(monkeypatch: pytest.MonkeyPatch) -
     assert [ref.value for ref in actor.weights("float32").wait()] == [{"w": 1}, {"v": 2}]
     assert seen
     assert {"w": 1} not in seen
+
+
+def test_an_error_of_any_rank_that_gathers_is_that_of_the_call(inline_ray: None) -> None:
+    class Broken(WeightSource):
+        def weights(self, dtype: str) -> Iterator[dict[str, int] | None]:
+            yield {"w": 1}
+            raise ray.exceptions.RayTaskError("weights", "x", ValueError("no memory"))
+
+    actor = ActorGroup([InlineHandle(WeightSource()), InlineHandle(Broken())], deadline_s=1)
+    with pytest.raises(RuntimeError, match=r"actor\.weights failed"):
+        actor.weights("float32").wait()
 
 
 def test_a_sync_that_hangs_names_itself(inline_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

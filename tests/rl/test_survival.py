@@ -222,7 +222,7 @@ def test_a_kl_above_budget_goes_back_with_a_larger_coefficient(
     def renew_and_look(self: Roles, settings: dict[str, RoleSettings]) -> None:
         renew(self, settings)
         start = Path(settings["actor"].model_path)
-        (weights,) = self.actor.seats[0].worker.worker.weights("float32")
+        weights, _ = self.actor.seats[0].worker.worker.weights("float32")
         for name, saved in load_file(start / "model.safetensors").items():
             assert np.array_equal(weights[name], saved.numpy()), name  # bit for bit
         starts.append(start.name)

@@ -63,7 +63,9 @@ def experience(rollout: Rollout, old: torch.Tensor, advantages: torch.Tensor) ->
 
 
 def digest(worker: ActorWorker) -> str:
-    weights = {name: part for bucket in worker.weights("float32") for name, part in bucket.items()}
+    weights = {
+        name: part for bucket in worker.weights("float32") for name, part in (bucket or {}).items()
+    }
     return hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()
 
 

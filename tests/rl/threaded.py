@@ -154,8 +154,8 @@ class StubModel:
         time.sleep(self.update_s)
         return {}
 
-    def weights(self, dtype: str) -> Iterator[dict[str, Any]]:
-        yield {}
+    def weights(self, dtype: str) -> Iterator[dict[str, Any] | None]:
+        yield from ({}, None)
 
     def save(self, folder: str) -> None:
         (Path(folder) / STATE_DIR).mkdir(exist_ok=True)
