@@ -43,6 +43,10 @@ class DeepSpeedBackend(Backend):
         config = deepspeed_config(
             cfg, self._precision, on_gpu=device.type == "cuda", largest_parameter=largest
         )
+        if cfg.offload == "nvme" and device.type == "cpu":
+            # Told the dtype, as `initialize` does, DeepSpeed 0.19 stores bfloat16 on CPUs whatever
+            # it is told; told none, it takes that of the config.
+            deepspeed.zero.Init(module=self.module, config_dict_or_path=config)
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=make_optimizer(self.module, cfg),
