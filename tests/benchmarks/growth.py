@@ -69,7 +69,8 @@ class Stub:
         return {}
 
     def weights(self, dtype: str) -> Iterator[bytes | None]:
-        yield from (b"0" * WEIGHTS_BYTES, None)
+        yield b"0" * WEIGHTS_BYTES
+        yield None
 
     def dtype(self) -> str:
         return "float32"
