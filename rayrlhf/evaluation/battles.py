@@ -73,7 +73,6 @@ class Battles:
                 found[one.name] = self._by_scores(one.scores(answers), answers, anchor)
         return {
             "models": models,
-            "successors": self._successors(models),
             "anchor": anchor,
             "num_prompts": len(self._records),
             "mean_length": {m: float(_lengths(given).mean()) for m, given in answers.items()},

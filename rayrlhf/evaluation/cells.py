@@ -23,13 +23,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 
 
 def number(
-    value: float | None, digits: int = 2, *, scale: float = 1.0, unit: str = "", more: str = ""
+    value: float | None,
+    digits: int = 2,
+    *,
+    scale: float = 1.0,
+    unit: str = "",
+    more: str = "",
+    sign: str = "",
 ) -> str:
-    """A cell: the number, a dash where there is none, and a smaller line under it."""
+    """A cell: the number, a dash where there is none, and a smaller line under it.
+
+    The sign "+" shows that of positive numbers, too.
+    """
     if value is None:
         return '<span class="muted">&ndash;</span>'
     small = f'<span class="more">{escape(more)}</span>' if more else ""
-    return f"{scale * value:.{digits}f}{unit}{small}"
+    return f"{scale * value:{sign}.{digits}f}{unit}{small}"
 
 
 def definitions(entries: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from rayrlhf.evaluation.cells import table
+from rayrlhf.evaluation.cells import number, table
 from rayrlhf.evaluation.words import JUDGES
 
 Found = Mapping[str, Any]
@@ -22,7 +22,7 @@ def rounds_section(results: Mapping[str, Any]) -> str:
             f"{row['num_new']:,}",
             f"{row['num_comparisons']:,}",
             *[_share(row[key]) for key in ("pair_accuracy_before", "pair_accuracy")],
-            _share(row["pair_accuracy_gain"], signed=True),
+            _share(row["pair_accuracy_gain"], sign="+"),
             *[
                 _gain(found["rating_gains"].get(f"round-{row['round']}"))
                 for found in judges.values()
@@ -55,18 +55,13 @@ def _judge(judge: str) -> str:
     return "VADER" if judge == "vader" else judge
 
 
-def _share(found: Found, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    value, low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("value", "low", "high"))
-    return _cell(f"{value}%", f"{low} to {high}")
+def _share(found: Found, *, sign: str = "") -> str:
+    low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("low", "high"))
+    return number(found["value"], 1, scale=100, unit="%", more=f"{low} to {high}", sign=sign)
 
 
 def _gain(found: Found | None) -> str:
     if found is None:
         return ""
-    value, low, high = (f"{found[key]:+.0f}" for key in ("elo", "low", "high"))
-    return _cell(value, f"{low} to {high}")
-
-
-def _cell(value: str, interval: str) -> str:
-    return f'{value}<span class="more">{interval}</span>'
+    low, high = (f"{found[key]:+.0f}" for key in ("low", "high"))
+    return number(found["elo"], 0, more=f"{low} to {high}", sign="+")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from rayrlhf.config import Recipe
 from rayrlhf.data.datasets import encode_prompt
 from rayrlhf.data.records import Record
 from rayrlhf.data.tokenizer import encode_text
@@ -20,18 +21,26 @@ from rayrlhf.models.scalar_head import ScalarHeadModel
 Floats = npt.NDArray[np.float64]
 
 
+def tokens_per_batch(recipe: Recipe) -> int:
+    """Return the tokens that one forward pass of a judging model holds."""
+    return recipe.model.max_length * (recipe.evaluate.batch_size if recipe.evaluate else 16)
+
+
 def scores_of(
     folder: Path,
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
-    tokens_per_batch: int,
+    batch: int,
 ) -> list[Floats]:
-    """Return the scores (K,) of each record's responses; the model is in memory only meanwhile."""
+    """Return the scores (K,) of each record's responses, `batch` tokens at a time.
+
+    The model is in memory only meanwhile.
+    """
     eos_id = int(tokenizer.eos_token_id)
     judge = RewardJudge(
         ScalarHeadModel.from_pretrained(folder),
         eos_id=eos_id,
-        tokens_per_batch=tokens_per_batch,
+        tokens_per_batch=batch,
         device=device(),
     )
     scores = judge.score_ids(

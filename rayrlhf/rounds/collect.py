@@ -19,6 +19,8 @@ from rayrlhf.evaluation.battles import prompt_text
 from rayrlhf.evaluation.judges import Answer, VaderJudge
 from rayrlhf.evaluation.llm_judge import Battle, LLMJudge, settle
 from rayrlhf.evaluation.panel import seated
+from rayrlhf.rl.waiting import LINE_EVERY_S
+from rayrlhf.rounds.accuracy import tokens_per_batch
 from rayrlhf.rounds.folders import COMPARISONS, HELD_OUT, JUDGED, SAMPLES
 from rayrlhf.run_dir import PeopleNeeded
 from rayrlhf.serving import exchange
@@ -28,7 +30,6 @@ from rayrlhf.serving.sampling import sample_items
 from rayrlhf.serving.store import Store, item_id
 
 Floats = npt.NDArray[np.float64]
-LINE_EVERY_S = 30.0
 
 
 def sample(recipe: Recipe, round_: Recipe, policy: str) -> None:
@@ -118,11 +119,13 @@ def gather(recipe: Recipe, folders: Sequence[Path]) -> int:
     Returns their number.
     """
     assert recipe.reward is not None
+    path = folders[-1] / COMPARISONS
+    if path.exists():
+        return len(read_records(path, "comparison"))
     records = read_records(recipe.reward.train, "comparison")
     for folder in folders:
         records += read_records(folder / JUDGED, "comparison")
-    if not (folders[-1] / COMPARISONS).exists():
-        exchange.write(folders[-1] / COMPARISONS, records)
+    exchange.write(path, records)
     return len(records)
 
 
@@ -183,7 +186,7 @@ def _points(
             recipe.path,
             [item for item in items for _ in item["responses"]],
             tokenizer,
-            recipe.model.max_length * (recipe.evaluate.batch_size if recipe.evaluate else 16),
+            tokens_per_batch(recipe),
         )
         if isinstance(asked, LLMJudge):
             return _wins(items, asked)

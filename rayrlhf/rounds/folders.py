@@ -42,9 +42,8 @@ def round_recipe(recipe: Recipe, number: int) -> Recipe:
     assert recipe.reward is not None and recipe.ppo is not None and recipe.rounds is not None
     folder = recipe.path / lineage.round_folder(number)
     label = recipe.label
-    if label is not None:
-        ranked = {"items": str(folder / SAMPLES), "sample": None}
-        label = label.model_copy(update=ranked if recipe.rounds.judge == "people" else {})
+    if label is not None and recipe.rounds.judge == "people":
+        label = label.model_copy(update={"items": str(folder / SAMPLES), "sample": None})
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-round-{number}",

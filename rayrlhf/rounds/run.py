@@ -13,13 +13,15 @@ on with the first part that is missing, or, inside 3 and 4, from their newest ch
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from rayrlhf import console, lineage, pipeline, run_dir
 from rayrlhf.config import Recipe
 from rayrlhf.data.records import read_records
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.rl.ppo import train_ppo
 from rayrlhf.rounds import collect
-from rayrlhf.rounds.accuracy import compare, scores_of
+from rayrlhf.rounds.accuracy import compare, scores_of, tokens_per_batch
 from rayrlhf.rounds.folders import (
     HELD_OUT,
     JUDGED,
@@ -52,7 +54,8 @@ def iterate(recipe: Recipe) -> Path:
             with pipeline.tracked(round_, "reward") as needed:  # 3
                 if needed:
                     train_reward(round_)
-            found.append(_accuracy(recipe, round_, number) | {"num_comparisons": num_comparisons})
+            compared = _accuracy(recipe, round_, number, tokenizer)
+            found.append(compared | {"num_comparisons": num_comparisons})
             with pipeline.tracked(round_, "ppo") as needed:  # 4
                 if needed:
                     train_ppo(round_)
@@ -63,13 +66,13 @@ def iterate(recipe: Recipe) -> Path:
     return path.parent
 
 
-def _accuracy(recipe: Recipe, round_: Recipe, number: int) -> dict[str, Any]:
+def _accuracy(
+    recipe: Recipe, round_: Recipe, number: int, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
     """Return what the round's reward model gained on held-out answers of the policy before."""
     records = read_records(round_.path / HELD_OUT, "comparison")
-    tokenizer = load_tokenizer(recipe)
-    size = recipe.model.max_length * (recipe.evaluate.batch_size if recipe.evaluate else 16)
     before, after = (
-        scores_of(folder, records, tokenizer, size)
+        scores_of(folder, records, tokenizer, tokens_per_batch(recipe))
         for folder in (
             reward_model_before(recipe, number),
             round_.path / lineage.OUTPUTS["reward"],
