@@ -37,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     log: Path | None = None
     try:
-        if args.against is not None and args.command != "evaluate":
-            raise RecipeError(
-                f"--against={args.against} compares results, which {args.command} has none of: "
-                "use it with `rayrlhf evaluate`"
-            )
+        for option in ("against", "seeds"):
+            given = getattr(args, option)
+            if given is not None and args.command != "evaluate":
+                raise RecipeError(
+                    f"--{option}={given} compares results, which {args.command} has none of: "
+                    "use it with `rayrlhf evaluate`"
+                )
         recipe = run_dir.settle(load(args.recipe, args.overrides))
         # People judge for days, and a run goes on meanwhile.
         part = "label" if args.command == "label" else ""
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = _run(args.command, recipe)
                 if args.against is not None:
                     _compare(recipe, args.against)
+                if args.seeds is not None:
+                    _summarize(recipe, args.seeds)
                 return code
     except RecipeError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)
@@ -123,6 +127,12 @@ def _compare(recipe: "Recipe", other: Path) -> None:
     compare_runs(recipe.path, other)
 
 
+def _summarize(recipe: "Recipe", others: Sequence[Path]) -> None:
+    from rayrlhf.evaluation.seeds import report_seeds
+
+    report_seeds(recipe.path, others)
+
+
 def _function(stage: str) -> "Callable[[Recipe], Path]":
     """Import and return the function of a stage."""
     if stage == "corpus":
@@ -179,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         type=Path,
         help="evaluate: also write the differences to the results of another run's folder",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="evaluate: also write means and intervals over this and other runs with other seeds",
     )
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser
