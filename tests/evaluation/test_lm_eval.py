@@ -14,7 +14,7 @@ import jinja2
 import pytest
 import yaml
 
-FOLDER = Path(__file__).parents[2] / "configs" / "lm-eval"
+FOLDER = Path(__file__).parents[2] / "jobs" / "lm_eval"
 
 
 class Loader(yaml.SafeLoader):
@@ -31,7 +31,7 @@ def task(name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def ratings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return configs/lm-eval/human_ratings.py over a cache of a few records."""
+    """Return jobs/lm_eval/human_ratings.py over a cache of a few records."""
     datasets = ModuleType("datasets")
     datasets.Dataset = type("Dataset", (), {"from_list": staticmethod(list)})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", datasets)
