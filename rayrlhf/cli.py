@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
+    "plan": "say what the recipe asks for; --render kuberay writes it for Kubernetes",
 }
 
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--against={args.against} compares results, which {args.command} has none of: "
                 "use it with `rayrlhf evaluate`"
             )
+        _check_options(args)
+        if args.command == "plan":
+            return _plan(args)
         recipe = run_dir.settle(load(args.recipe, args.overrides))
         # People judge for days, and a run goes on meanwhile.
         part = "label" if args.command == "label" else ""
@@ -67,6 +71,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log is not None:
             _keep_traceback(log)
         return 1
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise RecipeError for an option that goes with another command, or with another option."""
+    options = {
+        "--render": args.render,
+        "--image": args.image,
+        "--stage": args.stage,
+        "--gpus-per-node": args.gpus_per_node,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    if given and args.command != "plan":
+        raise RecipeError(
+            f"{given[0]} says how a recipe is written for a cluster, which {args.command} does "
+            "not do: use it with `rayrlhf plan`"
+        )
+    if given and args.render is None:
+        raise RecipeError(f"{given[0]} goes with --render: add --render kuberay")
+    if args.command == "plan" and args.render is None:
+        raise RecipeError("plan has nothing to say yet without --render: add --render kuberay")
+    if args.gpus_per_node is not None and args.gpus_per_node < 1:
+        raise RecipeError(f"--gpus-per-node={args.gpus_per_node}: a GPU node has at least one")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Write the recipe as Kubernetes objects to the standard output."""
+    from rayrlhf.planning.kuberay import render
+    from rayrlhf.planning.pods import Node
+
+    whole = Node()
+    gpus = args.gpus_per_node or whole.gpus
+    node = Node(
+        gpus=gpus,
+        cpus=whole.cpus * gpus // whole.gpus,
+        memory_gib=whole.memory_gib * gpus // whole.gpus,
+    )
+    recipe = load(args.recipe, args.overrides)
+    stages = tuple(dict.fromkeys(args.stage or ["pipeline"]))
+    print(render(recipe, image=args.image, stages=stages, node=node), end="")
+    return 0
 
 
 def _keep_traceback(log: Path) -> None:
@@ -179,6 +223,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         type=Path,
         help="evaluate: also write the differences to the results of another run's folder",
+    )
+    parser.add_argument(
+        "--render",
+        choices=["kuberay"],
+        help="plan: write ConfigMap, RayJob and RayService for `kubectl apply -f -`",
+    )
+    parser.add_argument(
+        "--image", metavar="IMAGE", help="--render: the image with rayrlhf, for all pods"
+    )
+    parser.add_argument(
+        "--stage",
+        metavar="STAGE",
+        action="append",
+        help="--render: a RayJob of this stage, may be repeated; default: one of the pipeline",
+    )
+    parser.add_argument(
+        "--gpus-per-node", metavar="N", type=int, help="--render: GPUs of a node, default 8"
     )
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser
