@@ -14,20 +14,21 @@ def check_rules(found: Object) -> None:
     """Fail where an object would not do what it is for."""
     _no_plain_secret(found, title(found))
     assert found["metadata"]["labels"]["app.kubernetes.io/part-of"] == "rayrlhf", title(found)
+    claims = found.get("spec", {}).get("volumeClaimTemplates", [])
     for template in templates(found):
-        _check_pod(template, title(found))
+        _check_pod(template, {claim["metadata"]["name"] for claim in claims}, title(found))
     if (cluster := cluster_of(found)) is not None:
         _check_cluster(cluster, title(found))
 
 
-def _check_pod(template: Object, where: str) -> None:
+def _check_pod(template: Object, claims: set[str], where: str) -> None:
     spec = template["spec"]
     # The network policy finds pods by it.
     assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "rayrlhf", where
     assert spec["securityContext"]["runAsNonRoot"] is True, where
     assert spec["securityContext"]["runAsUser"] > 0, where
     assert spec["nodeSelector"]["kubernetes.io/arch"] == "amd64", where
-    names = {volume["name"] for volume in spec.get("volumes", [])}
+    names = claims | {volume["name"] for volume in spec.get("volumes", [])}
     for container in spec["containers"]:
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False, where
