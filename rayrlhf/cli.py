@@ -5,6 +5,7 @@ the rule and the fix; 1 anything else. The heavy libraries are imported after pa
 """
 
 import argparse
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,14 +30,23 @@ COMMANDS = {
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
+    "plan": "say what memory, time and money a recipe takes, or write it for Kubernetes",
+    "doctor": "check every node of a cluster before a run",
 }
+OWN_OPTIONS = {"plan": "rayrlhf.planning.run", "doctor": "rayrlhf.doctor.run"}
+"""Commands that only look; `rayrlhf COMMAND --help` says what they take."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    looks = OWN_OPTIONS.get(words[0]) if words else None
+    args = _parser().parse_args(words) if looks is None else None
     log: Path | None = None
     try:
+        if args is None:
+            assert looks is not None
+            return int(importlib.import_module(looks).main(words[1:]))
         for option in ("against", "seeds"):
             given = getattr(args, option)
             if given is not None and args.command != "evaluate":

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
 
 from rayrlhf import console
 from rayrlhf.config import Recipe, RecipeError
@@ -50,29 +51,44 @@ def is_local() -> bool:
 def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") -> None:
     """Return when every bundle fits on the cluster's nodes together, beside what is in use.
 
-    With `wait_s`, waits that long for an autoscaler or for other jobs, with a line every 30 s that
-    says what is missing. Raises RecipeError that names the first missing resource and, where it is
-    registered but in use, who holds it.
+    With `wait_s`, asks the autoscaler for nodes and waits that long for it, or for other jobs, with
+    a line every 30 s that says what is missing. Raises RecipeError that names the first missing
+    resource and, where it is registered but in use, who holds it.
     """
+    has_asked = False
     started = time.monotonic()
     # What the stage before held is released in a moment: no line for that.
     next_line = started if wait_s > 0 else started + 3
-    while True:
-        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        missing = shortage(bundles, list(nodes.values()))
-        left_s = started + wait_s - time.monotonic()
-        if missing is None:
-            free = ray_state.available_resources_per_node()
-            missing = in_use(bundles, list(nodes.values()), [free.get(node, {}) for node in nodes])
-            left_s = max(left_s, started + RELEASE_S - time.monotonic())
-        if missing is None:
-            return
-        if left_s <= 0:
-            raise RecipeError(f"{stage}: {missing}")
-        if time.monotonic() >= next_line:
-            console.say(f"{stage}: waiting for the cluster, {left_s:.0f} s left: {missing}")
-            next_line = time.monotonic() + 30
-        time.sleep(min(0.5, left_s))
+    try:
+        while True:
+            nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            missing = shortage(bundles, list(nodes.values()))
+            left_s = started + wait_s - time.monotonic()
+            if missing is None:
+                free = ray_state.available_resources_per_node()
+                missing = in_use(
+                    bundles, list(nodes.values()), [free.get(node, {}) for node in nodes]
+                )
+                left_s = max(left_s, started + RELEASE_S - time.monotonic())
+            elif left_s > 0 and not has_asked:
+                # Nothing else does: an actor that waits for its place comes after this check.
+                request_resources(bundles=_positive(bundles))
+                has_asked = True
+            if missing is None:
+                return
+            if left_s <= 0:
+                raise RecipeError(f"{stage}: {missing}")
+            if time.monotonic() >= next_line:
+                console.say(f"{stage}: waiting for the cluster, {left_s:.0f} s left: {missing}")
+                next_line = time.monotonic() + 30
+            time.sleep(min(0.5, left_s))
+    finally:
+        if has_asked:  # or the nodes would stay for ever
+            request_resources(bundles=[])
+
+
+def _positive(bundles: Sequence[Bundle]) -> list[dict[str, float]]:
+    return [{name: amount for name, amount in each.items() if amount > 0} for each in bundles]
 
 
 def in_use(

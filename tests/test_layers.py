@@ -16,6 +16,7 @@ ORDER = (
     ("data", "models", "generation"),
     ("training", "evaluation"),
     ("rl",),
+    ("planning",),
     ("serving",),
     ("pipeline",),
     ("rounds",),
@@ -37,6 +38,7 @@ NEVER = {
     "training": {"rayrlhf.rl", "rayrlhf.serving", "rayrlhf.generation", "vllm"},
     "evaluation": {"ray", "rayrlhf.training.loop", "rayrlhf.rl"},
     "rl": {"vllm", "ray.serve", "rayrlhf.cli"},
+    "planning": {"torch", "transformers", "vllm"},
     "serving": {"rayrlhf.training", "rayrlhf.rl", "vllm"},
 }
 # These import nothing of rayrlhf but themselves.

@@ -157,3 +157,37 @@ def test_it_goes_on_when_the_other_job_ends(busy: Any, capsys: pytest.CaptureFix
     session.require([{"CPU": 2.0}], wait_s=120, stage="ppo")
     assert other.poll() is not None or time.monotonic() - started > 2
     assert "ppo: waiting for the cluster, 120 s left: 2 CPU asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_autoscaler_is_asked_once_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """Nobody else asks: the actors that would wait for a node come after this check."""
+    asked: list[list[dict[str, float]]] = []
+    here = [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0}}]
+
+    def nodes() -> list[dict[str, Any]]:
+        gpus = {"CPU": 16.0, "GPU": 8.0}
+        return [*here, *([{**here[0], "NodeID": "b", "Resources": gpus}] * (comes and bool(asked)))]
+
+    free = {"a": {"CPU": 4.0}, "b": {"CPU": 16.0, "GPU": 8.0}}
+    monkeypatch.setattr(session.ray, "nodes", nodes)
+    monkeypatch.setattr(session.ray_state, "available_resources_per_node", lambda: free)
+    monkeypatch.setattr(session, "request_resources", lambda bundles: asked.append(bundles))
+    bundles = [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 0.0}]
+    if comes:
+        session.require(bundles, wait_s=60, stage="ppo")
+    else:
+        with pytest.raises(RecipeError, match="1 GPU asked for, 0 registered"):
+            session.require(bundles, wait_s=1.2, stage="ppo")
+    assert asked == [[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}], []]
+
+
+def test_no_autoscaler_is_asked_without_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(session.ray, "nodes", list)
+    monkeypatch.setattr(session, "request_resources", lambda bundles: asked.append(bundles))
+    with pytest.raises(RecipeError, match="1 CPU asked for, 0 registered"):
+        session.require([{"CPU": 1.0}], stage="sft")
+    assert asked == []

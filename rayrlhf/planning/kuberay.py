@@ -1,0 +1,393 @@
+"""A recipe as KubeRay objects: `rayrlhf plan RECIPE --render kuberay | kubectl apply -f -`.
+
+1 ConfigMap    the recipe, every default filled in, its run directory on the shared volume
+2 RayJob       one per stage asked for, or one for the whole pipeline; a Ray cluster of its own
+3 RayService   what the recipe ends with, served
+
+Numbers and sizes of pods come from the recipe's own layout (pods.py). Volume, keys and network
+policy are those of cluster/kuberay/base, which is applied once per namespace.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from rayrlhf import __version__
+from rayrlhf.config import Recipe, RecipeError
+from rayrlhf.planning.pods import Group, Node, groups, on_gpu
+
+Object = dict[str, Any]
+
+IMAGE = "rayrlhf"
+"""Name of the images of cluster/docker, without a registry: a cluster that loads them by hand."""
+SERVE_APP = "rayrlhf.serving.openai:app"
+"""The builder of the application that is served; its argument `recipe` is a path."""
+CLAIM = "rayrlhf"
+"""PersistentVolumeClaim of the shared volume."""
+KEYS = "rayrlhf-keys"
+"""Secret whose entries are environment variables of every pod, such as HF_TOKEN; may be missing."""
+REDIS = "rayrlhf-redis"
+"""Service of the Redis that keeps what a cluster knows while its head is away, and the Secret with
+its password."""
+VOLUME = PurePosixPath("/mnt/rayrlhf")
+"""Where the volume is; also the working directory, from which relative data paths are taken."""
+RECIPE = "/etc/rayrlhf/recipe.yaml"
+USER = 1000
+"""User and group of the images of cluster/docker."""
+NAME_LENGTH = 47
+"""KubeRay's limit for a RayJob or RayService, which adds to it for the names of its pods."""
+
+WAIT_S = 1800.0
+"""resources.wait_s where the recipe has none: nodes come one by one, and images have gigabytes."""
+IDLE_S = 600
+"""Seconds after which the autoscaler takes an idle pod away."""
+START_S = 3600
+"""Seconds within which a job's cluster has to stand."""
+KEEP_S = 3600
+"""Seconds for which a finished job's cluster stays, for its logs."""
+RETRIES = 3
+"""New clusters after a failure: each goes on from the newest checkpoint in the run directory."""
+PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+SERVE_PORT = 8000
+SHM_PART = 0.4
+"""Part of a pod's memory for /dev/shm: Ray's object store takes 0.3, NCCL and loaders the rest."""
+HEAD_CPUS = 4
+HEAD_GIB = 16
+"""The driver is on the head: it evaluates there where the recipe has no GPU. Without a GPU, what
+serves has as much."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and everything that repeats in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def render(
+    recipe: Recipe,
+    *,
+    image: str | None = None,
+    stages: Sequence[str] = ("pipeline",),
+    node: Node | None = None,
+) -> str:
+    """Return YAML of several documents: the recipe, a RayJob per stage, a RayService of the result.
+
+    `stages` are stages of the recipe, or `pipeline` for all of them in one job; `image` holds
+    rayrlhf and defaults to that of cluster/docker; `node` is what a GPU pod may have at most.
+    Raises RecipeError when a stage is not there, a worker fits on no node, or the run directory is
+    not on the volume.
+    """
+    for stage in stages:
+        if stage != "pipeline" and stage not in recipe.stages:
+            raise RecipeError(
+                f"--stage={stage}: the recipe has no such section: name one of "
+                f"{', '.join(['pipeline', *recipe.stages])}"
+            )
+    placed = _on_the_volume(recipe)
+    image = image or f"{IMAGE}:{__version__}-{'gpu' if on_gpu(recipe) else 'cpu'}"
+    node = node or Node()
+    objects = [_recipe_map(placed)]
+    objects += [_job(placed, stage, groups(placed, (stage,), node), image) for stage in stages]
+    if served(placed) is not None:
+        objects.append(_service(placed, image, node))
+    documents = [
+        yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
+        for each in objects
+    ]
+    return "---\n".join([_heading(placed, stages, image), *documents])
+
+
+def served(recipe: Recipe) -> str | None:
+    """Return the last stage whose result answers prompts, or None."""
+    for stage in ("rounds", "ppo", "dpo", "sft", "pretrain"):
+        if stage in recipe.stages:
+            return stage
+    return None
+
+
+def object_name(name: str, stage: str) -> str:
+    """Return a Kubernetes name for a stage of a recipe: a DNS label that KubeRay accepts."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not label[:1].isalpha():
+        label = f"r{label}"
+    return f"{label[: NAME_LENGTH - len(stage) - 1].rstrip('-')}-{stage}"
+
+
+def entrypoint(recipe: Recipe, stage: str) -> str:
+    """Return the shell command of a job.
+
+    The driver runs on the head, which has no GPU, and the evaluation computes in its driver: where
+    the recipe has GPUs, the pipeline submits it as a job of its own, to a pod that has one. All
+    data is checked before the first stage, that of the evaluation, too.
+    """
+    if stage != "pipeline" or "evaluate" not in recipe.stages or not on_gpu(recipe):
+        return shlex.join(["rayrlhf", stage, RECIPE])
+    submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{PORTS['dashboard']}"]
+    return " && ".join(
+        shlex.join(words)
+        for words in (
+            ["rayrlhf", "data", RECIPE],
+            ["rayrlhf", "pipeline", RECIPE, "evaluate=null"],
+            [*submit, "--entrypoint-num-gpus", "1", "--", "rayrlhf", "evaluate", RECIPE],
+        )
+    )
+
+
+def _on_the_volume(recipe: Recipe) -> Recipe:
+    """Return the recipe as it runs in the cluster: on the volume, and waiting for its nodes."""
+    place = PurePosixPath(recipe.path)
+    if not place.is_absolute():
+        place = VOLUME / (place if recipe.run_dir else f"runs/{recipe.name}")
+    elif not place.is_relative_to(VOLUME):
+        raise RecipeError(
+            f"run_dir={recipe.run_dir}: not on the volume that all pods see at {VOLUME}: set "
+            f"run_dir={VOLUME}/runs/{recipe.name}, or leave it empty"
+        )
+    if ".." in place.parts:
+        raise RecipeError(f"run_dir={recipe.run_dir}: name the folder without ..")
+    resources = recipe.resources
+    if not resources.wait_s:
+        resources = resources.model_copy(update={"wait_s": WAIT_S})
+    return recipe.model_copy(update={"run_dir": str(place), "resources": resources})
+
+
+def _heading(recipe: Recipe, stages: Sequence[str], image: str) -> str:
+    return (
+        f"# {recipe.name}: {', '.join(stages)}, written by `rayrlhf plan --render kuberay`.\n"
+        f"# Image {image}; run directory {recipe.run_dir} on the volume of claim {CLAIM}.\n"
+        "# cluster/kuberay/README.md says what has to be there before, and what to do next.\n"
+    )
+
+
+def _labels(recipe: Recipe, name: str) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": IMAGE,
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/version": __version__,
+        "app.kubernetes.io/part-of": IMAGE,
+        "app.kubernetes.io/managed-by": "rayrlhf-plan",
+    }
+
+
+def _object(recipe: Recipe, kind: str, name: str) -> Object:
+    api = "v1" if kind == "ConfigMap" else "ray.io/v1"
+    return {
+        "apiVersion": api,
+        "kind": kind,
+        "metadata": {"name": name, "labels": _labels(recipe, name)},
+    }
+
+
+def _recipe_map(recipe: Recipe) -> Object:
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    file = PurePosixPath(RECIPE).name
+    return _object(recipe, "ConfigMap", object_name(recipe.name, "recipe")) | {"data": {file: text}}
+
+
+def _job(recipe: Recipe, stage: str, workers: list[Group], image: str) -> Object:
+    name = object_name(recipe.name, stage)
+    spec: Object = {
+        "entrypoint": entrypoint(recipe, stage),
+        "submissionMode": "K8sJobMode",
+        # A retry is a new cluster, and the command goes on from the newest checkpoint.
+        "backoffLimit": RETRIES,
+        "preRunningDeadlineSeconds": START_S,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": KEEP_S,
+        # Jobs that queue up for a quota are suspended by what admits them, such as Kueue.
+        "suspend": False,
+    }
+    if stage == "evaluate" and on_gpu(recipe):
+        spec["entrypointNumGpus"] = 1
+    spec["submitterPodTemplate"] = _submitter(recipe, name, image)
+    spec["submitterConfig"] = {"backoffLimit": RETRIES}
+    spec["rayClusterSpec"] = _cluster(recipe, name, workers, image)
+    return _object(recipe, "RayJob", name) | {"spec": spec}
+
+
+def _service(recipe: Recipe, image: str, node: Node) -> Object:
+    name = object_name(recipe.name, "serve")
+    application = {
+        "name": IMAGE,
+        "import_path": SERVE_APP,
+        "route_prefix": "/",
+        "args": {"recipe": RECIPE},
+    }
+    cluster = _cluster(recipe, name, _serving_groups(recipe, node), image)
+    cluster["gcsFaultToleranceOptions"] = {
+        "redisAddress": "rayrlhf-redis:6379",
+        "redisPassword": {
+            "valueFrom": {"secretKeyRef": {"name": "rayrlhf-redis", "key": "password"}}
+        },
+    }
+    spec = {
+        # There is nothing to serve before the job is done: then `kubectl patch` sets this to false.
+        "suspend": True,
+        "serviceUnhealthySecondThreshold": 900,
+        "deploymentUnhealthySecondThreshold": 300,
+        # The head only manages; requests go to the pods that compute.
+        "excludeHeadPodFromServeSvc": True,
+        "upgradeStrategy": {"type": "NewCluster"},
+        "rayClusterDeletionDelaySeconds": 60,
+        "serveConfigV2": yaml.safe_dump(
+            {"proxy_location": "EveryNode", "applications": [application]}, sort_keys=False
+        ),
+        "rayClusterConfig": cluster,
+    }
+    return _object(recipe, "RayService", name) | {"spec": spec}
+
+
+def _serving_groups(recipe: Recipe, node: Node) -> list[Group]:
+    """Return pods that hold an engine and the reward model each: as many as PPO has engines."""
+    engine, scorer = recipe.resources.rollout, recipe.resources.reward
+    most = max(1, engine.num_workers)
+    if not on_gpu(recipe):
+        return [Group("cpu", HEAD_CPUS, 0, HEAD_GIB, 1, most, 1)]
+    gpus = max(1, int(engine.gpus)) + ("reward" in recipe.stages)
+    if gpus > node.gpus:
+        raise RecipeError(
+            f"resources.rollout.gpus={engine.gpus:g}: served with the reward model beside it, it "
+            f"takes {gpus} GPUs of one node, which has {node.gpus}: lower it, or name larger nodes "
+            "with --gpus-per-node"
+        )
+    cpus = max(node.cpus * gpus // node.gpus, int(engine.cpus + scorer.cpus) + 1)
+    return [Group("gpu", cpus, gpus, node.memory_gib * gpus // node.gpus, 1, most, 1)]
+
+
+def _cluster(recipe: Recipe, name: str, workers: list[Group], image: str) -> Object:
+    head = Group("head", HEAD_CPUS, 0, HEAD_GIB, 1, 1)
+    return {
+        "rayVersion": version("ray"),
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": IDLE_S,
+            "resources": {
+                "requests": {"cpu": "500m", "memory": "1Gi"},
+                "limits": {"cpu": "500m", "memory": "1Gi"},
+            },
+            "securityContext": _container_security(),
+        },
+        "headGroupSpec": {
+            # Work goes to the workers: the head has the driver, and keeps the cluster's state.
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "template": _pod(recipe, name, head, image),
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": group.name,
+                "replicas": group.replicas,
+                "minReplicas": group.min_replicas,
+                "maxReplicas": group.max_replicas,
+                "rayStartParams": {},
+                "template": _pod(recipe, name, group, image),
+            }
+            for group in workers
+        ],
+    }
+
+
+def _submitter(recipe: Recipe, name: str, image: str) -> Object:
+    """Return the pod that submits the job and follows its log; KubeRay fills in its command."""
+    sizes = {"cpu": "500m", "memory": "1Gi"}
+    container = {
+        "name": "ray-job-submitter",
+        "image": image,
+        "resources": {"requests": sizes, "limits": sizes},
+        "securityContext": _container_security(),
+    }
+    return {
+        "metadata": {"labels": _labels(recipe, name)},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "securityContext": _pod_security(),
+            "nodeSelector": _nodes(),
+            "containers": [container],
+        },
+    }
+
+
+def _pod(recipe: Recipe, name: str, group: Group, image: str) -> Object:
+    """Return the template of a group's pods; probes and the start command are KubeRay's."""
+    is_head = group.name == "head"
+    sizes = {"cpu": str(group.cpus), "memory": f"{group.memory_gib}Gi"}
+    if group.gpus:
+        sizes["nvidia.com/gpu"] = str(group.gpus)
+    ports = (PORTS | {"serve": SERVE_PORT}) if is_head else {"metrics": 8080, "serve": SERVE_PORT}
+    container: Object = {
+        "name": "ray-head" if is_head else "ray-worker",
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "workingDir": str(VOLUME),
+        "env": [
+            {"name": "RAYRLHF_CACHE", "value": f"{VOLUME}/cache"},
+            {"name": "HF_HOME", "value": f"{VOLUME}/cache/huggingface"},
+        ],
+        "envFrom": [{"secretRef": {"name": KEYS, "optional": True}}],
+        "ports": [{"name": each, "containerPort": port} for each, port in ports.items()],
+        "resources": {"requests": sizes, "limits": sizes},
+        "securityContext": _container_security(),
+        "volumeMounts": [
+            {"name": "runs", "mountPath": str(VOLUME)},
+            {"name": "recipe", "mountPath": str(PurePosixPath(RECIPE).parent), "readOnly": True},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+    shm = f"{int(group.memory_gib * SHM_PART)}Gi"
+    spec: Object = {
+        "restartPolicy": "Never",  # the second autoscaler replaces pods, and none restarts
+        "securityContext": _pod_security(),
+        "nodeSelector": _nodes(),
+        "containers": [container],
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}},
+            {"name": "recipe", "configMap": {"name": object_name(recipe.name, "recipe")}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
+        ],
+    }
+    if not is_head:  # the autoscaler, which is on the head, talks to Kubernetes
+        spec["automountServiceAccountToken"] = False
+    if group.gpus:
+        spec["tolerations"] = [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
+    # To clear a node in the middle of a run costs all steps since the last checkpoint.
+    keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+    return {"metadata": {"labels": _labels(recipe, name), "annotations": keep}, "spec": spec}
+
+
+def _nodes() -> dict[str, str]:
+    """Return the label of nodes for which the images are built."""
+    return {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
+
+
+def _pod_security() -> Object:
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        "fsGroupChangePolicy": "OnRootMismatch",  # a volume of checkpoints takes long to walk
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _container_security() -> Object:
+    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
