@@ -29,14 +29,21 @@ COMMANDS = {
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
+    "doctor": "check every node of a cluster before a run; see `rayrlhf doctor --help`",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # It has options of its own, and needs no recipe.
+    args = None if words[:1] == ["doctor"] else _parser().parse_args(words)
     log: Path | None = None
     try:
+        if args is None:
+            from rayrlhf.doctor import run
+
+            return run.main(words[1:])
         if args.against is not None and args.command != "evaluate":
             raise RecipeError(
                 f"--against={args.against} compares results, which {args.command} has none of: "
