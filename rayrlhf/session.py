@@ -22,6 +22,8 @@ NUM_LISTED = 8
 """Nodes that an error says the resources of."""
 HEAD = "node:__internal_head__"
 """Ray's mark of the head node, which has its address besides."""
+LINE_EVERY_S = 30.0
+"""Seconds between the lines that say what a wait is for."""
 RELEASE_S = 20.0
 """How long, at least, resources in use are waited for: Ray takes seconds to see a stage's end."""
 
@@ -80,7 +82,7 @@ def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") ->
                 raise RecipeError(f"{stage}: {missing}")
             if time.monotonic() >= next_line:
                 console.say(f"{stage}: waiting for the cluster, {left_s:.0f} s left: {missing}")
-                next_line = time.monotonic() + 30
+                next_line = time.monotonic() + LINE_EVERY_S
             time.sleep(min(0.5, left_s))
     finally:
         if has_asked:  # or the nodes would stay for ever

@@ -19,7 +19,7 @@ ORDER = (
     ("planning",),
     ("serving",),
     ("pipeline",),
-    ("rounds",),
+    ("rounds", "doctor"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -104,7 +104,7 @@ def test_ray_remote_stands_where_processes_are_placed() -> None:
         for file in FILES
         if "ray.remote" in file.read_text(encoding="utf-8").replace("`ray.remote", "")
     ]
-    assert users == ["rl/placement.py", "rounds/collect.py"]
+    assert users == ["doctor/cluster.py", "rl/placement.py", "rounds/collect.py"]
 
 
 def test_help_is_fast_and_light() -> None:

@@ -84,6 +84,49 @@ def plan(recipe: Recipe, nodes: Sequence[Mapping[str, float]] | None = None) -> 
     return layout
 
 
+def arrange(layout: Layout, nodes: Sequence[str]) -> list[int]:
+    """Return, for each bundle of the layout, which bundle of the placement group takes its part.
+
+    `nodes[i]` is where Ray put bundle i. It orders equal bundles as it likes and so tears engines
+    of several GPUs apart; here equal ones change places until each engine is on one node, if the
+    nodes that Ray chose allow that.
+    """
+    shapes = [tuple(sorted(bundle.items())) for bundle in layout.bundles]
+    free = dict.fromkeys(range(len(nodes)))
+    part: dict[int, int] = {}
+    for place in layout.places:
+        choices = [
+            chosen
+            for node in dict.fromkeys(nodes)
+            if (chosen := _of_one_node(place.spread, shapes, [i for i in free if nodes[i] == node]))
+        ]
+        if choices:
+            # The fullest node: what has more room is left for the next engine.
+            best = min(choices, key=lambda chosen: sum(nodes[i] == nodes[chosen[0]] for i in free))
+            part.update(zip(place.spread, best, strict=True))
+            for index in best:
+                del free[index]
+    for index, shape in enumerate(shapes):
+        if index not in part:
+            own = [index] if index in free else [i for i in free if shapes[i] == shape]
+            part[index] = own[0]
+            del free[own[0]]
+    return [part[index] for index in range(len(shapes))]
+
+
+def _of_one_node(
+    spread: Sequence[int], shapes: Sequence[object], free: Sequence[int]
+) -> list[int] | None:
+    """Return which of the `free` bundles can stand for those of `spread`; None for too few."""
+    chosen: list[int] = []
+    for index in spread:
+        like = [i for i in free if shapes[i] == shapes[index] and i not in chosen]
+        if not like:
+            return None
+        chosen.append(index if index in like else like[0])
+    return chosen
+
+
 def _neighbours(resources: ResourcesConfig, roles: Sequence[Role]) -> list[list[Role]]:
     """Return which roles share devices, each of them in one list."""
     if resources.layout == "colocated":

@@ -24,7 +24,7 @@ from rayrlhf.rl.groups import (
     RolloutGroup,
     TrainedGroup,
 )
-from rayrlhf.rl.layout import Layout, Place
+from rayrlhf.rl.layout import Layout, Place, arrange
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import Handle, Seat, Supervisor
 from rayrlhf.rl.turns import Turns
@@ -104,12 +104,15 @@ class Bundles:
         self.group = placement_group(list(layout.bundles), strategy=layout.strategy)
         self.turns = Turns() if layout.takes_turns else None
         self._workers: dict[int, Handle] = {}
+        self._part = list(range(len(layout.bundles)))  # see `arrange`
 
     def ready(self, deadline_s: float) -> None:
         """Wait until every bundle has its node."""
         ready = Seat(self.group, 0).call("ready", lambda group: group.ready(), lasting=False)
         fix = f"{self.layout.bundles}; see `ray status` for who holds the resources"
         Pending("placement_group", "ready", [ready], nothing, deadline_s, fix).wait()
+        nodes_of = placement_group_table(self.group)["bundles_to_node_id"]
+        self._part = arrange(self.layout, [nodes_of[index] for index in range(len(nodes_of))])
 
     def fill(
         self, kind: type[AnyGroup], settings: Mapping[Role, RoleSettings], deadline_s: float
@@ -124,7 +127,7 @@ class Bundles:
         """Start a worker in the bundle of its place; who was there before is ended."""
         places = self.layout.places
         index = next(i for i, p in enumerate(places) if (p.role, p.rank) == (role, rank))
-        place = places[index]
+        place = self._placed(places[index])
         if index in self._workers:
             ray.kill(self._workers.pop(index))
         hosts = self._hosts(place)
@@ -136,7 +139,7 @@ class Bundles:
             spread=place.spread,
             gpu_share=place.share,
             takes_turns=self.layout.takes_turns,
-            host=hosts[places[index - rank].bundle],  # the ranks of a role follow each other
+            host=hosts[self._placed(places[index - rank]).bundle],  # ranks follow each other
         )
         strategy = PlacementGroupSchedulingStrategy(
             self.group,
@@ -149,6 +152,11 @@ class Bundles:
         )
         self._workers[index] = remote.remote(mine)
         return self._workers[index]
+
+    def _placed(self, place: Place) -> Place:
+        """Return a place of the layout with the bundles of the placement group."""
+        spread = tuple(self._part[index] for index in place.spread)
+        return replace(place, bundle=self._part[place.bundle], spread=spread)
 
     def _hosts(self, place: Place) -> list[str]:
         """Return the address of the node of each bundle; Ray looks for another when one is lost.

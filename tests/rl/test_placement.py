@@ -7,7 +7,7 @@ import ray
 
 from rayrlhf.config import Recipe, RecipeError, parse
 from rayrlhf.rl import waiting
-from rayrlhf.rl.layout import plan
+from rayrlhf.rl.layout import arrange, plan
 from rayrlhf.rl.placement import launch
 
 
@@ -146,6 +146,53 @@ def test_layouts(name: str) -> None:
         assert sum(p.cpus for p in here) <= bundle["CPU"] + 1e-9
         gpus = sum(p.gpus for p in here) + sum(p.share for p in over)
         assert gpus <= bundle.get("GPU", 0) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engines"),
+    [
+        ("aabb", ["aa", "bb"]),
+        ("abba", ["aa", "bb"]),  # each of them torn apart
+        ("abbbbcca", ["aa", "cc", "bb", "bb"]),
+        ("abcd", []),  # no node has two
+    ],
+)
+def test_equal_bundles_change_places_until_engines_are_whole(
+    nodes: str, engines: list[str]
+) -> None:
+    num = len(nodes) // 2
+    layout = plan(
+        recipe(
+            layout="colocated",
+            actor={"num_workers": len(nodes), **ONE_GPU},
+            critic={"num_workers": len(nodes), **ONE_GPU},
+            reference=ONE_GPU,
+            reward=ONE_GPU,
+            rollout={"num_workers": num, "gpus": 2},
+        ),
+    )
+    part = arrange(layout, nodes)
+    assert sorted(part) == list(range(len(nodes)))
+    assert [layout.bundles[i] for i in part] == list(layout.bundles)
+    spreads = [place.spread for place in layout.places if place.spread]
+    found = ["".join(nodes[part[i]] for i in spread) for spread in spreads]
+    whole = [engine for engine in found if len(set(engine)) == 1]
+    assert whole[: len(engines)] == engines
+
+
+def test_bundles_of_other_sizes_do_not_change_places() -> None:
+    layout = plan(
+        recipe(
+            layout="colocated",
+            actor={"num_workers": 4, "gpus": 1, "cpus": 2},
+            critic=ONE_GPU,
+            reference=ONE_GPU,
+            reward=ONE_GPU,
+            rollout={"gpus": 2, "cpus": 4},
+        )
+    )
+    assert [bundle["CPU"] for bundle in layout.bundles] == [4, 4, 2, 2]
+    assert arrange(layout, "abab") == arrange(layout, "aabb") == [0, 1, 2, 3]
 
 
 def test_who_shares_with_a_critic_that_is_not_there_is_on_its_own() -> None:
