@@ -1,4 +1,4 @@
-"""The Slurm script among programs that stand for Slurm, Ray and rayrlhf, and say what they heard."""
+"""The Slurm script among programs that stand for Slurm, Ray and rayrlhf and say what they heard."""
 
 import os
 import re

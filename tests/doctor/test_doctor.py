@@ -22,7 +22,7 @@ from rayrlhf.doctor import facts
 from rayrlhf.doctor.cluster import Answers, Cluster, Node, joined, listed
 from rayrlhf.doctor.recipe import paths
 from tests import toy
-from tests.cluster import OPEN, ROOT, LocalCluster, two_nodes
+from tests.two_nodes import OPEN, ROOT, LocalCluster, two_nodes
 
 Found = dict[tuple[str, str], list[dict[str, Any]]]
 
