@@ -109,9 +109,9 @@ def test_entrypoints_parse(overrides: list[str], stage: str) -> None:
     (job,) = of_kind(rendered(recipe, stage), "RayJob")
     ran = []
     for words in commands(job["spec"]["entrypoint"]):
-        if words[0] == "ray":
-            assert words[:5] == ["ray", "job", "submit", "--address", "http://127.0.0.1:8265"]
-            assert words[5:8] == ["--entrypoint-num-gpus", "1", "--"]
+        if words[0] == "env":
+            assert words[1] == "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"
+            assert words[2:8] == ["ray", "job", "submit", "--entrypoint-num-gpus", "1", "--"]
             words = words[8:]
         assert words[0] == "rayrlhf"
         args = cli._parser().parse_intermixed_args(words[1:])
