@@ -136,13 +136,15 @@ def entrypoint(recipe: Recipe, stage: str) -> str:
     """
     if stage != "pipeline" or "evaluate" not in recipe.stages or not on_gpu(recipe):
         return shlex.join(["rayrlhf", stage, RECIPE])
-    submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{PORTS['dashboard']}"]
+    # This variable and no option: RAY_ADDRESS, which every job has, wins over --address.
+    here = f"RAY_API_SERVER_ADDRESS=http://127.0.0.1:{PORTS['dashboard']}"
+    submit = ["env", here, "ray", "job", "submit", "--entrypoint-num-gpus", "1", "--"]
     return " && ".join(
         shlex.join(words)
         for words in (
             ["rayrlhf", "data", RECIPE],
             ["rayrlhf", "pipeline", RECIPE, "evaluate=null"],
-            [*submit, "--entrypoint-num-gpus", "1", "--", "rayrlhf", "evaluate", RECIPE],
+            [*submit, "rayrlhf", "evaluate", RECIPE],
         )
     )
 

@@ -109,12 +109,12 @@ def test_entrypoints_parse(overrides: list[str], stage: str) -> None:
     (job,) = of_kind(rendered(recipe, stage), "RayJob")
     ran = []
     for words in commands(job["spec"]["entrypoint"]):
-        if words[0] == "ray":
-            assert words[:5] == ["ray", "job", "submit", "--address", "http://127.0.0.1:8265"]
-            assert words[5:8] == ["--entrypoint-num-gpus", "1", "--"]
+        if words[0] == "env":
+            assert words[1] == "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"
+            assert words[2:8] == ["ray", "job", "submit", "--entrypoint-num-gpus", "1", "--"]
             words = words[8:]
         assert words[0] == "rayrlhf"
-        args = cli._parser().parse_args(words[1:])
+        args = cli._parser().parse_intermixed_args(words[1:])
         assert args.recipe == RECIPE
         left = load(ROOT / "configs" / "quickstart.yaml", [*overrides, *args.overrides])
         assert args.command in ("data", "pipeline", *left.stages)
@@ -231,7 +231,10 @@ def test_the_command_prints_what_kubectl_reads(
 ) -> None:
     file = tmp_path / "toy.yaml"
     file.write_text("name: toy\nmodel: {path: m}\nsft: {train: demos.jsonl}\n")
-    assert cli.main(["plan", str(file), "--render", "kuberay", "--stage", "sft"]) == 0
+    # Options may stand before the overrides, too.
+    words = ["--render", "kuberay", "--stage", "sft", "seed=3", "--image", "there:1"]
+    assert cli.main(["plan", str(file), *words]) == 0
     found = documents(capsys.readouterr().out)
+    assert yaml.safe_load(found[0]["data"]["recipe.yaml"])["seed"] == 3
     assert [part["kind"] for part in found] == ["ConfigMap", "RayJob", "RayService"]
     assert sorted(tmp_path.iterdir()) == [file]  # nothing is begun
