@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import toy
+
 SENTENCES = (
     "The movie is a good movie.",
     "A bad film, and a long one.",
@@ -111,3 +113,13 @@ def hub_model(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
     (refs / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return "acme/tiny"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the whole toy pipeline; return its recipe and what it printed."""
+    recipe = toy.write_recipe(tmp_path_factory.mktemp("toy"))
+    done = toy.run("pipeline", recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return recipe, done.stdout

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -18,16 +17,6 @@ from tests import toy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run the whole toy pipeline; return its recipe and what it printed."""
-    recipe = toy.write_recipe(tmp_path_factory.mktemp("toy"))
-    done = toy.run("pipeline", recipe)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return recipe, done.stdout
 
 
 def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
@@ -84,37 +73,8 @@ def test_ppo_logs_what_the_design_says(finished: tuple[Path, str]) -> None:
         assert record["weights/version"] == record["step"]
 
 
-def check_results(run: Path, policy: str) -> None:
-    """Check every key of results.json that the design names, and the range of its values."""
-    found = json.loads((run / "evaluation" / "results.json").read_text())
-    models = {"base", "sft", "dpo", policy}
-    judges = {"vader", "reward"}
-    for row in found["reward_model"].values():
-        assert 0 <= row["pair_accuracy"] <= 1
-        assert -1 <= row["pearson"] <= 1
-        assert row["num_pairs"] > 0
-    assert set(found["reward_model"]) == {"toy"}
-    for key, low, high in (
-        ("entropy_nats_per_token", 0.0, 6.0),
-        ("distinct_2", 0.0, 1.0),
-        ("kl_ref_per_response", -1.0, 100.0),
-    ):
-        assert set(found[key]) == models, key
-        assert all(low <= value <= high for value in found[key].values()), (key, found[key])
-    assert set(found["win_rate_vs_sft"]) == set(found["held_out_loss"]) == models
-    for model in models:
-        assert set(found["win_rate_vs_sft"][model]) == judges
-        assert all(0 <= rate <= 1 for rate in found["win_rate_vs_sft"][model].values())
-        assert set(found["held_out_loss"][model]) == {"toy"}
-        assert 0 < found["held_out_loss"][model]["toy"] < 8
-        rating = found["ratings"][model]
-        assert rating["low"] <= rating["elo"] <= rating["high"]
-    assert set(found["win_rate_vs_sft"]["sft"].values()) == {0.5}
-    assert found["kl_ref_per_response"]["sft"] == 0.0
-
-
 def test_results_have_what_the_design_says(finished: tuple[Path, str]) -> None:
-    check_results(finished[0].parent / "run", "ppo_ptx")
+    toy.check_results(finished[0].parent / "run", "ppo_ptx")
 
 
 def test_the_terminal_has_useful_lines_only(finished: tuple[Path, str]) -> None:
@@ -139,17 +99,6 @@ def test_a_second_run_does_nothing(finished: tuple[Path, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("unchanged, nothing to do") == 7
     assert time.monotonic() - start < 30
-
-
-def copy_without(run: Path, copy: Path, *stages: str) -> None:
-    """Copy a run as if these stages had never begun."""
-    shutil.copytree(run, copy)
-    for stage in stages:
-        shutil.rmtree(copy / Path(lineage.OUTPUTS[stage]).parts[0])
-    for name in ("lineage.json", lineage.BEGUN):
-        entries = lineage.read_json(copy / name)
-        left = {stage: entry for stage, entry in entries.items() if stage not in stages}
-        lineage.write_json(copy / name, left)
 
 
 def run_and_kill(recipe: Path, run: Path, stage: str, step: int, *overrides: str) -> None:
@@ -179,7 +128,7 @@ def test_killed_at_any_time_it_resumes_to_the_same_numbers(
     """SFT is not begun again: it is of this base model only if that has the same bytes."""
     recipe, run = finished[0], tmp_path / "run"
     whole = recipe.parent / "run"
-    copy_without(whole, run, "pretrain", "reward", "dpo", "ppo", "evaluate")
+    toy.copy_without(whole, run, "pretrain", "reward", "dpo", "ppo", "evaluate")
     overrides = (f"run_dir={run}", "evaluate=null")
     for stage, step in (("pretrain", 13), ("reward", 8), ("dpo", 7), ("ppo", 3)):
         run_and_kill(recipe, run, stage, step, *overrides)
@@ -196,7 +145,7 @@ def test_killed_at_any_time_it_resumes_to_the_same_numbers(
 def test_two_rounds_killed_and_resumed(finished: tuple[Path, str], tmp_path: Path) -> None:
     """After the stages of a run that is there: they stay, and the evaluation has the rounds."""
     recipe, run = finished[0], tmp_path / "run"
-    copy_without(recipe.parent / "run", run, "evaluate")
+    toy.copy_without(recipe.parent / "run", run, "evaluate")
     rounds_of = ("num_rounds=2", "judge=vader", "num_prompts=24")
     overrides = (f"run_dir={run}", *(f"rounds.{each}" for each in rounds_of))
     run_and_kill(recipe, run, "rounds/01/ppo", 3, *overrides)
@@ -238,86 +187,6 @@ def test_two_rounds_killed_and_resumed(finished: tuple[Path, str], tmp_path: Pat
 
     again = toy.run("pipeline", recipe, *overrides)
     assert again.stdout.count("unchanged, nothing to do") == 8, again.stdout + again.stderr
-
-
-def test_ray_job_submit(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """A local cluster, started as on a real one, and the README's command.
-
-    Ray Data, Ray Train, PPO and the evaluation run there. What the cluster makes of the corpus and
-    of SFT has the bytes that one machine made: the stages that read it are unchanged.
-    """
-    recipe, run = finished[0], tmp_path / "run"
-    copy_without(recipe.parent / "run", run, "corpus", "sft", "ppo", "evaluate")
-    shutil.rmtree(run / "tokenizer")
-    temp = Path("/tmp") / f"ray-{os.getpid()}"
-    port, dashboard = 6399, 8399
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    env.pop("RAY_ADDRESS")
-    bin_dir = Path(toy.command()[0]).parent
-    head = subprocess.Popen(
-        [
-            bin_dir / "ray",
-            "start",
-            "--head",
-            "--block",
-            f"--port={port}",
-            "--num-cpus=4",
-            f"--dashboard-port={dashboard}",
-            f"--temp-dir={temp}",
-            "--disable-usage-stats",
-        ],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-    def submit(*overrides: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                bin_dir / "ray",
-                "job",
-                "submit",
-                f"--address=http://127.0.0.1:{dashboard}",
-                "--working-dir",
-                str(Path(__file__).parents[1]),
-                "--",
-                toy.command()[0],
-                "jobs/pipeline.py",
-                str(recipe),
-                f"run_dir={run}",
-                *overrides,
-            ],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-
-    try:
-        deadline = time.monotonic() + 120
-        # A cluster answers before it takes jobs.
-        early = ("Failed to connect", "No available agent")
-        while (done := submit("ppo.ptx_coef=0")).returncode:
-            assert any(words in output_of(done) for words in early), output_of(done)
-            assert time.monotonic() < deadline, output_of(done)
-            time.sleep(2)
-        for stage in ("pretrain", "reward", "dpo"):
-            assert f"{stage:>9} unchanged, nothing to do" in output_of(done)
-        for stage in ("corpus", "sft", "ppo", "evaluate"):
-            assert f"{stage:>9} done in" in output_of(done)
-        check_results(run, "ppo")
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-
-
-def output_of(done: subprocess.CompletedProcess[str]) -> str:
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

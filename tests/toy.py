@@ -3,12 +3,17 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save_file
+
+from rayrlhf import lineage
 
 GOOD = ("good", "great", "fine", "happy", "lovely")
 BAD = ("bad", "poor", "awful", "sad", "boring")
@@ -194,3 +199,62 @@ def run(*args: str | Path, timeout_s: float = 600) -> subprocess.CompletedProces
         timeout=timeout_s,
         check=False,
     )
+
+
+def copy_without(run: Path, copy: Path, *stages: str) -> None:
+    """Copy a run as if these stages had never begun."""
+    shutil.copytree(run, copy)
+    for stage in stages:
+        shutil.rmtree(copy / Path(lineage.OUTPUTS[stage]).parts[0])
+    for name in ("lineage.json", lineage.BEGUN):
+        entries = lineage.read_json(copy / name)
+        left = {stage: entry for stage, entry in entries.items() if stage not in stages}
+        lineage.write_json(copy / name, left)
+
+
+def check_results(run: Path, policy: str) -> None:
+    """Check every key of results.json that the design names, and the range of its values."""
+    found = json.loads((run / "evaluation" / "results.json").read_text())
+    models = {"base", "sft", "dpo", policy}
+    judges = {"vader", "reward"}
+    for row in found["reward_model"].values():
+        assert 0 <= row["pair_accuracy"] <= 1
+        assert -1 <= row["pearson"] <= 1
+        assert row["num_pairs"] > 0
+    assert set(found["reward_model"]) == {"toy"}
+    for key, low, high in (
+        ("entropy_nats_per_token", 0.0, 6.0),
+        ("distinct_2", 0.0, 1.0),
+        ("kl_ref_per_response", -1.0, 100.0),
+    ):
+        assert set(found[key]) == models, key
+        assert all(low <= value <= high for value in found[key].values()), (key, found[key])
+    assert set(found["win_rate_vs_sft"]) == set(found["held_out_loss"]) == models
+    for model in models:
+        assert set(found["win_rate_vs_sft"][model]) == judges
+        assert all(0 <= rate <= 1 for rate in found["win_rate_vs_sft"][model].values())
+        assert set(found["held_out_loss"][model]) == {"toy"}
+        assert 0 < found["held_out_loss"][model]["toy"] < 8
+        rating = found["ratings"][model]
+        assert rating["low"] <= rating["elo"] <= rating["high"]
+    assert set(found["win_rate_vs_sft"]["sft"].values()) == {0.5}
+    assert found["kl_ref_per_response"]["sft"] == 0.0
+
+
+def write_pretrained_run(folder: Path, parameters: int, tokens: int, loss: float) -> Path:
+    """Write what a finished pretraining leaves of a run; return its folder."""
+    final = folder / "pretrain" / "final"
+    final.mkdir(parents=True)
+    save_file({"layer.weight": torch.zeros(parameters)}, final / "model.safetensors")
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "time": 0, "tokens": tokens // 2, "eval/loss": 99.0},
+        {"step": 2, "time": 1, "tokens": tokens // 2, "eval/loss": loss},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "pretrain" / "metrics.jsonl").write_text(text)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"pretrain": {"corpus": None}}))
+    (folder / "corpus").mkdir()
+    splits = {"train": {"shards": []}, "validation-web": {"shards": [{"rows": 3}]}}
+    manifest = {"vocab_size": 9, "row_length": 4, "splits": splits}
+    (folder / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    return folder

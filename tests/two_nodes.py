@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,13 @@ BIN = Path(toy.command()[0]).parent
 # Ray asks for a token by default; a cluster of one test, on this machine alone, has none.
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 NAMES = ("head", "worker")
+BOTH = """
+import sys, time, ray
+gcs, ends = ray._raylet.GcsClient(address=sys.argv[1]), time.monotonic() + float(sys.argv[2])
+while len(gcs.get_all_node_info(timeout=10)) < 2:
+    assert time.monotonic() < ends
+    time.sleep(0.2)
+"""
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,12 @@ def two_nodes(
             own = common | dict(worker_env or {}) if name == "worker" else common
             cluster.processes[name] = _start(words, own, cwd)
             _wait_until_up(port, cluster.processes[name])
-        if dashboard:
-            _wait_for_nodes(cluster)
+        _wait_for_nodes(cluster, takes_jobs=dashboard)
         yield cluster
     finally:
         for process in reversed(cluster.processes.values()):
             _end(process)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def _start(words: list[str], env: dict[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
@@ -157,16 +166,18 @@ def _wait_until_up(port: int, process: subprocess.Popen[bytes], timeout_s: float
         time.sleep(0.1)
 
 
-def _wait_for_nodes(cluster: LocalCluster, timeout_s: float = 120) -> None:
+def _wait_for_nodes(cluster: LocalCluster, *, takes_jobs: bool, timeout_s: float = 120) -> None:
     """Return when both nodes are there and the head takes jobs: a cluster answers before."""
+    joined = subprocess.run(
+        [sys.executable, "-c", BOTH, cluster.address, str(timeout_s)], env=cluster.env, check=False
+    )
+    assert joined.returncode == 0, "the cluster of two nodes is not up"
     deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            nodes = cluster.ask("/api/v0/nodes?limit=100")["data"]["result"]["result"]
-            agent = cluster.ask("/api/jobs/")
-            if len([node for node in nodes if node["state"] == "ALIVE"]) == 2 and agent == []:
+    while takes_jobs:
+        with contextlib.suppress(OSError, ValueError):
+            if cluster.ask("/api/jobs/") == []:
                 return
-        assert time.monotonic() < deadline, "the cluster of two nodes is not up"
+        assert time.monotonic() < deadline, "the cluster takes no jobs"
         time.sleep(0.5)
 
 
@@ -174,7 +185,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import rayrlhf
-from rayrlhf.doctor.findings import Finding, fail, ok, warn
+from rayrlhf.doctor.findings import Finding, fail, first_names, ok, warn
 
 Facts = Mapping[str, Mapping[str, Any]]
 GIB = 2**30
@@ -367,7 +367,7 @@ def nodes(
     alive: Sequence[str], dead: Mapping[str, str], silent: Mapping[str, str]
 ) -> list[Finding]:
     """Name the nodes that are there, those that died and those that do not answer."""
-    found = [ok("nodes", f"{len(alive)} alive: {', '.join(alive)}")] if alive else []
+    found = [ok("nodes", f"{len(alive)} alive: {first_names(alive)}")] if alive else []
     for node, reason in dead.items():
         fix = "see its raylet's log, and start it again: ray start --address=..."
         found.append(fail("nodes", f"died: {reason}", fix, node))

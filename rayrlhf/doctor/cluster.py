@@ -219,7 +219,7 @@ def _answering(place: str) -> str:
 
 
 def listed(table: list[dict[str, Any]]) -> tuple[list[Node], dict[str, str]]:
-    """Return the nodes that are alive, and why each other one is not, of `ray.nodes()`.
+    """Return the nodes of `ray.nodes()` that are alive, the head first, and why others are not.
 
     One that was ended in an orderly way, or whose name a living one has, is not missed.
     """
@@ -242,7 +242,7 @@ def listed(table: list[dict[str, Any]]) -> tuple[list[Node], dict[str, str]]:
         and each["DeathReason"] != EXPECTED_END
         and each["NodeName"] not in [other["NodeName"] for other in alive]
     }
-    return nodes, dead
+    return sorted(nodes, key=lambda node: (not node.is_head, node.name)), dead
 
 
 def _name(node: Mapping[str, Any], others: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import ray._common.utils
 import ray._private.utils
+import ray._private.worker
 
 import rayrlhf
 
@@ -93,12 +94,12 @@ def memory() -> dict[str, int]:
     }
 
 
-def disk(folder: str) -> dict[str, Any]:
+def disk(folder: str = "") -> dict[str, Any]:
     """Return bytes in all and free where `folder` is or will be, and bytes per second written.
 
-    `error` says why nothing could be written.
+    Without one, where Ray spills objects and logs. `error` says why nothing could be written.
     """
-    place = nearest(Path(folder))
+    place = nearest(Path(folder or ray._private.worker._global_node.get_temp_dir_path()))
     usage = shutil.disk_usage(place)
     found: dict[str, Any] = {"place": str(place), "total": usage.total, "free": usage.free}
     if usage.free < 2 * WRITTEN_BYTES:

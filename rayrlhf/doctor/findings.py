@@ -70,10 +70,15 @@ def line(finding: Finding, num_nodes: int) -> str:
     elif len(nodes) == num_nodes:
         where = f"all {num_nodes} nodes: "
     else:
-        more = f" and {len(nodes) - NUM_NAMED} more" if len(nodes) > NUM_NAMED else ""
-        where = f"{', '.join(nodes[:NUM_NAMED])}{more}: "
+        where = f"{first_names(nodes)}: "
     text = f"{finding.status:<4}  {finding.check:<10}  {where}{finding.value}"
     return text + (f"\n{'':18}fix: {finding.fix}" if finding.fix else "")
+
+
+def first_names(nodes: Sequence[str]) -> str:
+    """Return the names of the first nodes, and how many more there are."""
+    more = f" and {len(nodes) - NUM_NAMED} more" if len(nodes) > NUM_NAMED else ""
+    return ", ".join(nodes[:NUM_NAMED]) + more
 
 
 def counts(findings: Sequence[Finding]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rayrlhf import console, run_dir
@@ -70,44 +71,16 @@ def examine(cluster: Cluster, recipe: "Recipe | None", *, quick: bool) -> Iterat
     if not cluster.nodes:
         return
     skews = cluster.skews(rounds=3, deadline_s=FACTS_S)
-    yield findings.merged([*checks.clock(skews.values), *_lost("clock", skews.lost)])
-    for some in (
+    devices = cluster.ask(facts.gpus, deadline_s=FACTS_S + 2 * facts.SMI_S)
+    for some in chain(
+        [[*checks.clock(skews.values), *_lost("clock", skews.lost)]],
         _software(cluster),
-        _machines(cluster, recipe),
-        _network(cluster, hosts),
+        _machines(cluster, recipe, devices),
+        _network(cluster, hosts, devices),
+        _processes(cluster, hosts, quick),
+        _of_recipe(cluster, recipe) if recipe is not None else (),
     ):
-        for each in some:
-            yield findings.merged(each)
-    yield findings.merged(_run_dir(cluster, recipe))
-    # One of the nodes of each machine: they share compiler, GPUs and CPUs.
-    firsts = {hosts[node.name]: node for node in reversed(cluster.nodes)}
-    apart = [node for node in cluster.nodes if node in firsts.values()]
-    built = cluster.ask(
-        selftest.in_process,
-        lambda _: ("build", [{}], BUILD_S),
-        deadline_s=BUILD_S + MARGIN_S,
-        of=apart,
-    )
-    yield findings.merged([*checks.builds(_firsts(built)), *_lost("build", built.lost)])
-    if not quick:
-        started = cluster.ask(
-            selftest.in_process,
-            lambda _: ("engine", [{"max_tokens": 4}], ENGINE_S),
-            deadline_s=ENGINE_S + MARGIN_S,
-            of=apart,
-        )
-        yield findings.merged([*checks.engine(_firsts(started)), *_lost("engine", started.lost)])
-    if recipe is not None:
-        from rayrlhf.doctor.recipe import paths, resources
-
-        yield resources(recipe, [node.resources for node in cluster.nodes])
-        named = paths(recipe)
-        readable = cluster.ask(
-            facts.unreadable, lambda _: (list(named.values()),), deadline_s=FACTS_S
-        )
-        yield findings.merged(
-            [*checks.paths(readable.values, named), *_lost("paths", readable.lost)]
-        )
+        yield findings.merged(some)
 
 
 def _software(cluster: Cluster) -> Iterator[list[Finding]]:
@@ -119,19 +92,20 @@ def _software(cluster: Cluster) -> Iterator[list[Finding]]:
     yield [*checks.code(code.values, facts.code()), *_lost("code", code.lost)]
 
 
-def _machines(cluster: Cluster, recipe: "Recipe | None") -> Iterator[list[Finding]]:
+def _machines(
+    cluster: Cluster, recipe: "Recipe | None", devices: Answers[dict[str, str | None]]
+) -> Iterator[list[Finding]]:
     memory = cluster.ask(facts.memory, deadline_s=FACTS_S)
     stores = {n.name: n.resources.get("object_store_memory", 0) for n in cluster.nodes}
     yield [*checks.memory(memory.values, stores), *_lost("memory", memory.lost)]
 
-    places = {tempfile.gettempdir(): "Ray's objects and logs"}
+    disk = cluster.ask(facts.disk, deadline_s=DISK_S)
+    yield [*checks.disk(disk.values, "Ray's objects and logs"), *_lost("disk", disk.lost)]
     if recipe is not None:
-        places[str(recipe.path.absolute())] = "run_dir"
-    for place, purpose in places.items():
-        disk = cluster.ask(facts.disk, lambda _, at=place: (at,), deadline_s=DISK_S)  # type: ignore[misc]
-        yield [*checks.disk(disk.values, purpose), *_lost("disk", disk.lost)]
+        place = str(recipe.path.absolute())
+        disk = cluster.ask(facts.disk, lambda _: (place,), deadline_s=DISK_S)
+        yield [*checks.disk(disk.values, "run_dir"), *_lost("disk", disk.lost)]
 
-    devices = cluster.ask(facts.gpus, deadline_s=FACTS_S + 2 * facts.SMI_S)
     registered = {node.name: node.resources.get("GPU", 0) for node in cluster.nodes}
     yield [*gpus.gpus(devices.values, registered), *_lost("gpu", devices.lost)]
 
@@ -152,7 +126,9 @@ def _ports(node: Node, recipe: "Recipe | None", is_local: bool) -> dict[int, str
     return wanted
 
 
-def _network(cluster: Cluster, hosts: Mapping[str, str]) -> Iterator[list[Finding]]:
+def _network(
+    cluster: Cluster, hosts: Mapping[str, str], devices: Answers[dict[str, str | None]]
+) -> Iterator[list[Finding]]:
     num_hosts = len({hosts[name] for name in cluster.names})
     own = {node.name: node.address for node in cluster.nodes}
     places = cluster.ask(network.place, deadline_s=FACTS_S)
@@ -160,10 +136,9 @@ def _network(cluster: Cluster, hosts: Mapping[str, str]) -> Iterator[list[Findin
     if len(cluster.nodes) > 1:
         yield _ring(cluster)
     yield _collective(cluster, "gloo", {node.name: 1 for node in cluster.nodes})
-    smi = cluster.ask(facts.gpus, deadline_s=FACTS_S + 2 * facts.SMI_S)
-    devices = {name: gpus.count(each["smi"]) for name, each in smi.values.items()}
-    if any(devices.values()):
-        yield _collective(cluster, "nccl", devices)
+    num_gpus = {name: gpus.count(each["smi"]) for name, each in devices.values.items()}
+    if any(num_gpus.values()):
+        yield _collective(cluster, "nccl", num_gpus)
 
 
 def _ring(cluster: Cluster) -> list[Finding]:
@@ -216,11 +191,40 @@ def _collective(cluster: Cluster, backend: str, ranks: Mapping[str, int]) -> lis
     return [*checks.collective(results.values, backend), *_lost("collective", results.lost)]
 
 
-def _run_dir(cluster: Cluster, recipe: "Recipe | None") -> list[Finding]:
+def _processes(cluster: Cluster, hosts: Mapping[str, str], quick: bool) -> Iterator[list[Finding]]:
+    """Build and generate on one node of each machine: its nodes share compiler, CPUs and GPUs."""
+    firsts = {hosts[node.name]: node for node in reversed(cluster.nodes)}
+    apart = [node for node in cluster.nodes if node in firsts.values()]
+    built = cluster.ask(
+        selftest.in_process,
+        lambda _: ("build", [{}], BUILD_S),
+        deadline_s=BUILD_S + MARGIN_S,
+        of=apart,
+    )
+    yield [*checks.builds(_firsts(built)), *_lost("build", built.lost)]
+    if quick:
+        return
+    started = cluster.ask(
+        selftest.in_process,
+        lambda _: ("engine", [{"max_tokens": 4}], ENGINE_S),
+        deadline_s=ENGINE_S + MARGIN_S,
+        of=apart,
+    )
+    yield [*checks.engine(_firsts(started)), *_lost("engine", started.lost)]
+
+
+def _of_recipe(cluster: Cluster, recipe: "Recipe") -> Iterator[list[Finding]]:
+    from rayrlhf.doctor.recipe import paths, resources
+
+    yield _run_dir(cluster, str(recipe.path.absolute()))
+    yield resources(recipe, [node.resources for node in cluster.nodes])
+    named = paths(recipe)
+    readable = cluster.ask(facts.unreadable, lambda _: (list(named.values()),), deadline_s=FACTS_S)
+    yield [*checks.paths(readable.values, named), *_lost("paths", readable.lost)]
+
+
+def _run_dir(cluster: Cluster, folder: str) -> list[Finding]:
     """Let every node write a file into the run directory, and look for those of the others."""
-    if recipe is None:
-        return []
-    folder = str(recipe.path.absolute())
     mark = uuid.uuid4().hex
     files = {node.name: f".doctor-{index}-{mark}" for index, node in enumerate(cluster.nodes)}
     written = cluster.ask(

@@ -7,6 +7,7 @@ It prints one line of JSON that begins with RESULT, or ends with an error.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,8 +67,10 @@ def _result(process: "subprocess.Popen[str]", left_s: float, deadline_s: float) 
     if process.returncode == 0 and lines:
         result: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT))
         return result
-    last = [line for line in errors.splitlines() if line.strip()][-1:]
-    return {"error": " ".join(last)[:300] or f"ended with exit code {process.returncode}"}
+    told = [line for line in errors.splitlines() if line.strip()]
+    raised = [line for line in told if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last = (raised or told or [f"ended with exit code {process.returncode}"])[-1]
+    return {"error": last[:300]}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_two_nodes_of_which_one_differs(nodes: LocalCluster, tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         recipe = toy.write_recipe(
-            tmp_path, label={"labellers": ["ann"], "items": "no.jsonl", "port": port}
+            tmp_path, label={"labellers": ["ann", "bob"], "items": "no.jsonl", "port": port}
         )
         (tmp_path / "prompts.jsonl").unlink()
         code, found, errors = doctor(

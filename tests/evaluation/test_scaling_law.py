@@ -12,14 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import save_file
 
 from rayrlhf import config
 from rayrlhf.config import RecipeError
 from rayrlhf.evaluation import scaling_law
 from rayrlhf.evaluation.scaling_law import TrainedRun, fit, multiplied_parameters, read_run
+from tests import toy
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,22 +113,8 @@ def write_run(tmp_path: Path) -> Callable[[TrainedRun], Path]:
     """Return a function that writes what a finished pretraining leaves of a run."""
 
     def write(run: TrainedRun) -> Path:
-        folder = tmp_path / run.name
-        final = folder / "pretrain" / "final"
-        final.mkdir(parents=True)
-        save_file({"layer.weight": torch.zeros(run.parameters)}, final / "model.safetensors")
-        lines: list[dict[str, Any]] = [
-            {"step": 1, "time": 0, "tokens": run.tokens // 2, "eval/loss": 99.0},
-            {"step": 2, "time": 1, "tokens": run.tokens // 2, "eval/loss": run.loss},
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "pretrain" / "metrics.jsonl").write_text(text)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({"pretrain": {"corpus": None}}))
-        (folder / "corpus").mkdir()
-        splits = {"train": {"shards": []}, "validation-web": {"shards": [{"rows": 3}]}}
-        manifest = {"vocab_size": 9, "row_length": 4, "splits": splits}
-        (folder / "corpus" / "manifest.json").write_text(json.dumps(manifest))
-        return folder
+        assert run.loss is not None
+        return toy.write_pretrained_run(tmp_path / run.name, run.parameters, run.tokens, run.loss)
 
     return write
 
