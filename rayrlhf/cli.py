@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     looks = OWN_OPTIONS.get(words[0]) if words else None
-    args = _parser().parse_args(words) if looks is None else None
+    args = _parser().parse_intermixed_args(words) if looks is None else None
     log: Path | None = None
     try:
         if args is None:

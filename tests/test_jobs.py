@@ -14,7 +14,7 @@ import yaml
 
 from rayrlhf.metrics import read_jsonl
 from tests import toy
-from tests.cluster import NAMES, ROOT, LocalCluster, Submitted, free_ports, two_nodes
+from tests.two_nodes import NAMES, ROOT, LocalCluster, Submitted, free_ports, two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "rounds", "evaluate")

@@ -15,8 +15,7 @@ RENDERS = ("image", "stage", "gpus_per_node")
 
 def main(words: Sequence[str]) -> int:
     """Run `rayrlhf plan WORDS`; return 0. Raises RecipeError when the layout does not fit."""
-    args = _parser().parse_intermixed_args(words)
-    _check(args)
+    args = arguments(words)
     recipe = load(args.recipe, args.overrides)
     if args.render is not None:
         from rayrlhf.planning.kuberay import render
@@ -40,8 +39,9 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise RecipeError for options that exclude each other, or are out of range."""
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse; raises RecipeError for options that exclude each other, or are out of range."""
+    args = _parser().parse_intermixed_args(words)
     for option in RENDERS:
         if getattr(args, option) is not None and args.render is None:
             name = option.replace("_", "-")
@@ -61,6 +61,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.price is not None and args.price < 0:
         raise RecipeError(f"--price={args.price:g}: US dollars per device and hour are 0 or more")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
