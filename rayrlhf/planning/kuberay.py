@@ -102,7 +102,7 @@ def render(
     node = node or Node()
     objects = [_recipe_map(placed)]
     objects += [_job(placed, stage, groups(placed, (stage,), node), image) for stage in stages]
-    if served(placed) is not None:
+    if is_served(placed):
         objects.append(_service(placed, image, node))
     documents = [
         yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
@@ -111,12 +111,9 @@ def render(
     return "---\n".join([_heading(placed, stages, image), *documents])
 
 
-def served(recipe: Recipe) -> str | None:
-    """Return the last stage whose result answers prompts, or None."""
-    for stage in ("rounds", "ppo", "dpo", "sft", "pretrain"):
-        if stage in recipe.stages:
-            return stage
-    return None
+def is_served(recipe: Recipe) -> bool:
+    """Tell whether a stage of the recipe ends with a model that answers prompts."""
+    return not {"rounds", "ppo", "dpo", "sft", "pretrain"}.isdisjoint(recipe.stages)
 
 
 def object_name(name: str, stage: str) -> str:

@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 from rayrlhf import __version__, cli
 from rayrlhf.config import Recipe, load, parse
 from rayrlhf.planning import kuberay
-from rayrlhf.planning.kuberay import NAME_LENGTH, RECIPE, VOLUME, object_name, render, served
+from rayrlhf.planning.kuberay import NAME_LENGTH, RECIPE, VOLUME, is_served, object_name, render
 from rayrlhf.planning.pods import demands, on_gpu
 from rayrlhf.rl.layout import plan
 from rayrlhf.session import shortage
@@ -64,7 +64,7 @@ def test_every_recipe_renders(file: Path, each: bool) -> None:
     for job, stage in zip(jobs, stages, strict=True):
         for bundles in demands(recipe, (stage,)).values():
             assert shortage(bundles, nodes(job)) is None
-    assert len(of_kind(found, "RayService")) == (served(recipe) is not None)
+    assert len(of_kind(found, "RayService")) == is_served(recipe)
 
 
 @pytest.mark.parametrize("file", ["quickstart", "rounds"])
