@@ -11,8 +11,9 @@ from ray.serve.schema import ServeDeploySchema
 from rayrlhf import __version__, cli
 from rayrlhf.config import Recipe, load, parse
 from rayrlhf.planning import kuberay
-from rayrlhf.planning.kuberay import NAME_LENGTH, RECIPE, VOLUME, is_served, object_name, render
+from rayrlhf.planning.kuberay import render, serving
 from rayrlhf.planning.pods import demands, on_gpu
+from rayrlhf.planning.templates import NAME_LENGTH, RECIPE, VOLUME, object_name
 from rayrlhf.rl.layout import plan
 from rayrlhf.session import shortage
 from tests.cluster.rules import check_rules
@@ -64,7 +65,7 @@ def test_every_recipe_renders(file: Path, each: bool) -> None:
     for job, stage in zip(jobs, stages, strict=True):
         for bundles in demands(recipe, (stage,)).values():
             assert shortage(bundles, nodes(job)) is None
-    assert len(of_kind(found, "RayService")) == is_served(recipe)
+    assert len(of_kind(found, "RayService")) == (serving(recipe) is not None)
 
 
 @pytest.mark.parametrize("file", ["quickstart", "rounds"])
@@ -145,7 +146,34 @@ def test_the_service_waits_for_its_model() -> None:
     served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = served.applications
     assert application.import_path == kuberay.SERVE_APP
-    assert application.args == {"recipe": RECIPE}
+    assert application.args == {
+        "recipe": RECIPE,
+        "overrides": [
+            "serve.follow=ppo",
+            "serve.reward=/mnt/rayrlhf/runs/quickstart/reward/final",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ("corpus/llama-mixture", [], None),
+        ("instructgpt-sft", [], ["serve.follow=sft", "resources.rollout.gpus=1"]),
+        ("quickstart", ["ppo=null"], ["serve.follow=dpo", "serve.reward=runs/x/reward/final"]),
+        (
+            "rounds",
+            [],
+            [
+                "serve.models={rounds: {path: runs/x/rounds/02/ppo/final}}",
+                "serve.reward=runs/x/rounds/02/reward/final",
+            ],
+        ),
+    ],
+)
+def test_what_is_served(file: str, overrides: list[str], expected: list[str] | None) -> None:
+    recipe = load(ROOT / "configs" / f"{file}.yaml", [*overrides, "run_dir=runs/x"])
+    assert serving(recipe) == expected
 
 
 @pytest.mark.parametrize("overrides", [[], ON_GPUS], ids=["cpu", "gpu"])
