@@ -97,13 +97,19 @@ def render(
     objects = [_recipe_map(placed)]
     objects += [_job(placed, stage, groups(placed, (stage,), node), image) for stage in stages]
     overrides = serving(placed)
-    if overrides is not None:
+    heading = _heading(placed, stages, image)
+    if placed.resources.rollout.gpus > node.gpus:
+        heading += (
+            f"# Not served: an engine takes {placed.resources.rollout.gpus:g} GPUs, and a node has "
+            f"{node.gpus}.\n"
+        )
+    elif overrides is not None:
         objects.append(_service(placed, overrides, image, node))
     documents = [
         yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
         for each in objects
     ]
-    return "---\n".join([_heading(placed, stages, image), *documents])
+    return "---\n".join([heading, *documents])
 
 
 def serving(recipe: Recipe) -> list[str] | None:
@@ -243,21 +249,21 @@ def _service(recipe: Recipe, overrides: Sequence[str], image: str, node: Node) -
 
 
 def _serving_groups(recipe: Recipe, node: Node) -> list[Group]:
-    """Return pods that hold an engine and the reward model: as many as PPO has engines, at most."""
+    """Return pods for the engines, as many as PPO has at most, and for the reward model.
+
+    The reward model is beside an engine where a node holds both, and else on a pod of its own.
+    """
     engine, scorer = recipe.resources.rollout, recipe.resources.reward
     most = max(1, engine.num_workers)
     if not on_gpu(recipe):
         return [Group("cpu", HEAD_CPUS, 0, HEAD_GIB, 1, most, 1)]
     scores = scorer.gpus if "reward" in recipe.stages else 0
     gpus = math.ceil((engine.gpus or 1) + scores - 1e-6)
+    least = 1
     if gpus > node.gpus:
-        raise RecipeError(
-            f"resources.rollout.gpus={engine.gpus:g}: served with the reward model beside it, it "
-            f"takes {gpus} GPUs of one node, which has {node.gpus}: lower it, or name larger nodes "
-            "with --gpus-per-node"
-        )
+        gpus, least, most = node.gpus, 2, most + 1
     cpus = max(node.cpus * gpus // node.gpus, math.ceil(engine.cpus + scorer.cpus) + 1)
-    return [Group("gpu", cpus, gpus, node.memory_gib * gpus // node.gpus, 1, most, 1)]
+    return [Group("gpu", cpus, gpus, node.memory_gib * gpus // node.gpus, least, most, least)]
 
 
 def _cluster(recipe: Recipe, name: str, workers: list[Group], image: str) -> Object:

@@ -44,7 +44,7 @@ def broken(job: Object, path: str, value: Any) -> Object:
         ("spec.backoffLimits", 3),
         ("spec.rayClusterSpec.authOptions.mode", "tokens"),
         ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", REMOVED),
-        (f"{CONTAINER}.env.0.valeu", "x"),
+        (f"{CONTAINER}.env.0.values", "x"),
         (f"{CONTAINER}.resources.limits.memory", ["1Gi"]),
         (f"{POD}.volumes.0.persistentVolumeClaim.claim", "rayrlhf"),
         ("metadata.labels.app", 1),

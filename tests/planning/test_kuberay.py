@@ -99,6 +99,23 @@ def test_the_recipe_in_it_is_the_one_that_was_given(file: Path) -> None:
     assert len(part["data"]["recipe.yaml"]) < 100_000
 
 
+@pytest.mark.parametrize(
+    ("gpus", "layout", "served"),
+    [(7, "disaggregated", [8]), (8, "disaggregated", [8, 8]), (16, "colocated", None)],
+)
+def test_a_large_engine_is_served_where_it_fits(
+    gpus: int, layout: str, served: list[int] | None
+) -> None:
+    overrides = [*ON_GPUS, "resources.rollout.num_workers=1", f"resources.rollout.gpus={gpus}"]
+    file = ROOT / "configs" / "quickstart.yaml"
+    recipe = load(file, [*overrides, f"resources.layout={layout}"])
+    services = of_kind(rendered(recipe), "RayService")
+    assert ("# Not served: an engine takes 16 GPUs" in render(recipe)) == (served is None)
+    assert [[node["GPU"] for node in nodes(each)] for each in services] == (
+        [] if served is None else [served]
+    )
+
+
 def commands(entrypoint: str) -> list[list[str]]:
     return [shlex.split(words) for words in entrypoint.split(" && ")]
 
