@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= configs/quickstart.yaml
 ARGS ?=
-# Processes of pytest: one for the files that start Ray, the others for the rest; 0 for --pdb.
+# Processes of pytest, which share out the files; 0 for --pdb.
 JOBS ?= 2
 # Where the CPU build of torch is, when the package indexes that pip is set up with lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu

@@ -38,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     log: Path | None = None
     try:
-        if args.against is not None and args.command != "evaluate":
-            raise RecipeError(
-                f"--against={args.against} compares results, which {args.command} has none of: "
-                "use it with `rayrlhf evaluate`"
-            )
+        for option in ("against", "seeds"):
+            given = getattr(args, option)
+            if given is not None and args.command != "evaluate":
+                raise RecipeError(
+                    f"--{option}={given} compares results, which {args.command} has none of: "
+                    "use it with `rayrlhf evaluate`"
+                )
         _check_options(args)
         if args.command == "plan":
             return _plan(args)
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = _run(args.command, recipe)
                 if args.against is not None:
                     _compare(recipe, args.against)
+                if args.seeds is not None:
+                    _summarize(recipe, args.seeds)
                 return code
     except RecipeError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)
@@ -167,6 +171,12 @@ def _compare(recipe: "Recipe", other: Path) -> None:
     compare_runs(recipe.path, other)
 
 
+def _summarize(recipe: "Recipe", others: Sequence[Path]) -> None:
+    from rayrlhf.evaluation.seeds import report_seeds
+
+    report_seeds(recipe.path, others)
+
+
 def _function(stage: str) -> "Callable[[Recipe], Path]":
     """Import and return the function of a stage."""
     if stage == "corpus":
@@ -225,6 +235,19 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate: also write the differences to the results of another run's folder",
     )
     parser.add_argument(
+        "--seeds",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="evaluate: also write means and intervals over this and other runs with other seeds",
+    )
+    _add_render_options(parser)
+    parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
+    return parser
+
+
+def _add_render_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--render",
         choices=["kuberay"],
         help="plan: write ConfigMap, RayJob and RayService for `kubectl apply -f -`",
@@ -241,8 +264,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus-per-node", metavar="N", type=int, help="--render: GPUs of a node, default 8"
     )
-    parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
-    return parser
 
 
 assert set(STAGES) < set(COMMANDS)

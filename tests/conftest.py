@@ -25,23 +25,26 @@ SENTENCES = (
 )
 
 
+def _starts_ray(file: Path) -> bool:
+    return "mark.ray" in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that start Ray first: they take longest, and the others fill what is left."""
+    slow = {file: _starts_ray(file) for file in {item.path for item in items}}
+    items.sort(key=lambda item: not slow[item.path])
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one process of pytest-xdist do all files that start Ray: a cluster takes the machine.
-
-    Each of the other files goes to a process as a whole, for the fixtures of its module.
-    """
+    """Give each file to one process of pytest-xdist as a whole, for the fixtures of its module."""
     from xdist.scheduler import LoadScopeScheduling
-
-    root = config.rootpath
-    tests = root.glob("tests/**/test_*.py")
-    with_ray = {str(file.relative_to(root)) for file in tests if "mark.ray" in file.read_text()}
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if file in with_ray else file
+            return nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # else the files with the most tests would be first
     return ByFile(config, log)
 
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rayrlhf"
 ORDER = (
     ("config", "metrics", "console", "lineage", "run_dir", "external", "algorithms"),
     ("session",),
+    ("transfer",),
     ("data", "models", "generation"),
     ("training", "evaluation"),
     ("rl",),
@@ -33,6 +34,7 @@ NEVER = {
     "data": {"rayrlhf.models", "rayrlhf.training", "rayrlhf.rl", "vllm"},
     "models": {"ray", "rayrlhf.data", "rayrlhf.training", "deepspeed", "vllm"},
     "generation": {"ray", "rayrlhf.data", "rayrlhf.training", "deepspeed"},
+    "transfer": {"ray", "transformers", "deepspeed"},
     "training": {"rayrlhf.rl", "rayrlhf.serving", "rayrlhf.generation", "vllm"},
     "evaluation": {"ray", "rayrlhf.training.loop", "rayrlhf.rl"},
     "rl": {"vllm", "ray.serve", "rayrlhf.cli"},
@@ -83,7 +85,7 @@ def test_imports_go_one_way(file: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("vllm", {"generation.py"}),
+        ("vllm", {"generation.py", "transfer/gloo.py", "transfer/sender.py"}),
         ("deepspeed", {"training/backend/deepspeed.py", "training/backend/ulysses.py"}),
     ],
 )

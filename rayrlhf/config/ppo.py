@@ -138,6 +138,12 @@ class PPOConfig(AsynchronyConfig):
         """Whether the learner compares the responses to one prompt."""
         return self.advantage_estimator in ("grpo", "rloo")
 
+    weight_transfer: Literal["object_store", "broadcast"] = "object_store"
+    """How new weights get from the actor to the engines. `object_store`: Ray's, bucket by bucket,
+    one copy per node. `broadcast`: past the host's memory, over NCCL between GPUs (vLLM's own
+    engine) or gloo between CPUs; a worker that is lost in the middle of it takes actor and engines
+    back to the newest checkpoint."""
+
     @property
     def whitens(self) -> bool:
         """Whether advantages are whitened."""
@@ -204,6 +210,22 @@ class PPOConfig(AsynchronyConfig):
             raise ValueError(
                 f"ppo.old_log_probs=rollout with ppo.max_staleness={self.max_staleness}: the ratio "
                 "would be clipped around weights that are gone: set ppo.old_log_probs=actor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_broadcast(self) -> Self:
+        if self.weight_transfer == "object_store":
+            return self
+        reason = None
+        if self.max_staleness:
+            reason = f"ppo.max_staleness={self.max_staleness}: engines get new weights one by one"
+        elif self.lora is not None or self.actor.lora is not None:
+            reason = "adapters, of which only what they change is sent"
+        if reason is not None:
+            raise ValueError(
+                f"ppo.weight_transfer=broadcast does not go with {reason}: set "
+                "weight_transfer=object_store"
             )
         return self
 

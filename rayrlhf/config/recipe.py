@@ -163,6 +163,25 @@ class Recipe(Section):
                 f"model.max_length={self.model.max_length}: set both to the same value"
             )
 
+    def _weights_can_be_broadcast(self) -> None:
+        resources = self.resources
+        actor, rollout = resources.actor, resources.rollout
+        reason = None
+        if resources.layout == "colocated":
+            reason = "resources.layout=colocated: NCCL has one process per device"
+        elif "actor" in (rollout.shares, actor.shares) or "rollout" in (actor.shares,):
+            reason = "actor and rollout on one device: NCCL has one process per device"
+        elif (actor.gpus > 0) != (rollout.gpus > 0):
+            reason = (
+                f"resources.actor.gpus={actor.gpus:g} and resources.rollout.gpus={rollout.gpus:g}: "
+                "either both are on GPUs, or none is"
+            )
+        if reason is not None:
+            raise ValueError(
+                f"ppo.weight_transfer=broadcast does not go with {reason}: set "
+                "ppo.weight_transfer=object_store"
+            )
+
     def _sequences_split(self) -> None:
         if self.pretrain is not None and (self.model.path or self.pretrain.init) is None:
             self.resources.check_heads(self.model.num_heads, self.model.num_kv_heads)
@@ -244,6 +263,8 @@ class Recipe(Section):
                 "with resources.layout=colocated they take turns: set resources.layout="
                 "disaggregated, or ppo.max_staleness=0"
             )
+        if ppo.weight_transfer == "broadcast":
+            self._weights_can_be_broadcast()
         engines = self.resources.rollout.num_workers
         if ppo.stale == "drop" and ppo.batch_size % engines:
             raise ValueError(

@@ -15,6 +15,7 @@ from rayrlhf import console
 from rayrlhf.config import RecipeError
 from rayrlhf.evaluation.cells import number, table
 from rayrlhf.evaluation.cost_section import VARIETY
+from rayrlhf.evaluation.plots.preference import word
 from rayrlhf.evaluation.style import STYLE
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.lineage import read_json
@@ -102,6 +103,11 @@ def measures(results: Results) -> Iterator[tuple[Key, Measured]]:
             if model != reference:
                 name = f"win rate against {MODELS[reference]}, {JUDGES[judge]}"
                 yield (name, model), Measured(rate, tuple(bounds[model][judge]))
+    few_shot = results.get("few_shot")
+    if few_shot is not None:
+        for judge, rate in few_shot["win_rate"].items():
+            name = f"win rate against {MODELS[reference]}, {JUDGES[judge]}"
+            yield (name, few_shot["model"]), Measured(rate["value"], (rate["low"], rate["high"]))
     for model, rating in results["ratings"].items():
         if model != reference:
             yield (
@@ -127,6 +133,31 @@ def _costs(results: Results) -> Iterator[tuple[Key, Measured]]:
     for model, losses in results["held_out_loss"].items():
         for source, loss in losses.items():
             yield (f"held-out loss, {source}", model), Measured(loss)
+    for model, rises in results.get("alignment_tax", {}).items():
+        mean = sum(rises.values()) / max(1, len(rises))
+        yield (("rise of the held-out loss over the base model's, mean of sources", model),
+               Measured(mean))  # fmt: skip
+    yield from _frontiers(results)
+
+
+def _frontiers(results: Results) -> Iterator[tuple[Key, Measured]]:
+    """Yield where the gold reward peaks and ends, of best-of-n and of PPO's checkpoints."""
+    found = results.get("overoptimisation") or {}
+    for of, curve in (
+        ("best of n", found.get("best_of_n")),
+        (_last_model(results), found.get("ppo")),
+    ):
+        if curve:
+            last, peak = curve["points"][-1], curve["peak"]
+            gold = "gold reward at the end, SDs of the reference"
+            fall = "fall of the gold reward from its peak to the end"
+            yield (gold, of), Measured(last["gold"], tuple(last["gold_interval"]))
+            yield (fall, of), Measured(peak["fall"], tuple(peak["fall_interval"]))
+            yield ("KL where the gold reward peaks, nats", of), Measured(peak["kl"])
+
+
+def _last_model(results: Results) -> str:
+    return list(results["models"])[-1]
 
 
 def render(here: Results, there: Results, found: Mapping[Key, Difference], other: str) -> str:
@@ -168,7 +199,7 @@ def _row(of: str, row: Difference) -> list[str]:
     more = "" if row.bounds is None else "{:+.{d}f} to {:+.{d}f}".format(*row.bounds, d=digits)
     change = number(row.value, digits, more=more)
     return [
-        f"<b>{escape(MODELS.get(of, of))}</b>",
+        f"<b>{escape(word(of))}</b>",
         f"<b>{change}</b>" if row.is_clear else change,
         *[_cell(measured, digits) for measured in (row.here, row.there)],
     ]
@@ -184,7 +215,7 @@ def _terminal_table(found: Mapping[Key, Difference]) -> str:
     rows = [
         (
             name,
-            MODELS.get(of, of),
+            word(of),
             row.here.value,
             row.there.value,
             f"{row.value:+.3f}",

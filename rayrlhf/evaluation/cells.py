@@ -1,7 +1,12 @@
-"""Pieces of the report that its sections share: tables, numbers, durations; all text escaped."""
+"""Pieces of the pages: tables, numbers, durations, figures; all text escaped."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rayrlhf.evaluation.plots import Figure
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
@@ -53,3 +58,17 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def figure_card(figure: "Figure") -> str:
+    """The figure in both themes; the browser shows the one that fits."""
+    light, dark = (
+        f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        for png in (figure.light, figure.dark)
+    )
+    return (
+        f'<figure class="card"><h3>{escape(figure.title)}</h3><picture>'
+        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(figure.caption)}"></picture>'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )

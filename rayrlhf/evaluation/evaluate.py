@@ -28,7 +28,7 @@ from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompt, fitting_prompts, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
-from rayrlhf.evaluation import cost, plots, report
+from rayrlhf.evaluation import cost, overoptimisation, plots, report
 from rayrlhf.evaluation.answering import Answerer, Prompt, answer_prompts
 from rayrlhf.evaluation.battles import Battles
 from rayrlhf.evaluation.battles_section import summary_table
@@ -44,7 +44,6 @@ from rayrlhf.evaluation.held_out import (
     rated_texts,
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
-from rayrlhf.evaluation.overoptimisation import gold_folder, overoptimisation_of
 from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.generation import Engine
 from rayrlhf.models.folder import load_config
@@ -75,6 +74,7 @@ def evaluate(recipe: Recipe) -> Path:
     answers = asked.answers
     guests = battles.answers(prompts, _answer)
     asked.answers = answers | guests
+    often = overoptimisation.ask(recipe, models[_reference(models)], prompts, answerer)
     judges = _judges(recipe, tokenizer, tokens_per_batch)  # 2
     _say(
         f"{sum(map(len, answers.values()))} answers, judged by {', '.join(j.name for j in judges)}"
@@ -111,11 +111,9 @@ def evaluate(recipe: Recipe) -> Path:
         tokens_per_batch=tokens_per_batch,
         seed=recipe.seed,
     )
-    results["overoptimisation"] = overoptimisation_of(
+    results["overoptimisation"] = overoptimisation.overoptimisation_of(
         recipe,
-        models[results["reference"]],
-        prompts,
-        answerer,
+        often,
         next((judge for judge in judges if isinstance(judge, RewardJudge)), None),
         lambda folder: _reward_judge(folder, tokenizer, tokens_per_batch),
     )
@@ -154,7 +152,7 @@ def models_of(recipe: Recipe) -> dict[str, str]:
     scoring = lineage.reward_models(recipe) if recipe.reward else ()
     needed = [*written.values(), *(recipe.path / name for name in scoring)]
     if recipe.evaluate is not None and recipe.evaluate.overoptimisation is not None:
-        gold_folder(recipe, recipe.evaluate.overoptimisation)
+        overoptimisation.gold_folder(recipe, recipe.evaluate.overoptimisation)
     for folder in needed:
         if not (folder / "config.json").is_file():
             raise RecipeError(
@@ -243,6 +241,11 @@ def _reward_judge(
     )
 
 
+def _reference(models: Mapping[str, str]) -> str:
+    """Return the model that the others are compared with."""
+    return "sft" if "sft" in models else "base"
+
+
 def _about(
     recipe: Recipe, cfg: EvaluateConfig, models: Mapping[str, str], num_prompts: int
 ) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def _about(
         "machine": f"{os.cpu_count()} CPU cores, {_accelerator()}{platform.system()} "
         f"{platform.machine()}",
         "versions": lineage.versions(),
-        "reference": "sft" if "sft" in models else "base",
+        "reference": _reference(models),
         "models": dict(models),
         "num_prompts": num_prompts,
         "max_response_tokens": cfg.max_response_tokens,

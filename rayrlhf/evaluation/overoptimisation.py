@@ -9,7 +9,7 @@ larger; here people gave both sets of labels, and the gold model has the proxy's
 on top of theirs. What PPO gains by the proxy's own errors the gold model does not see.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,51 +85,32 @@ def checkpoints(recipe: Recipe) -> dict[int, Path]:
     }
 
 
-def overoptimisation_of(  # noqa: PLR0913 (who answers what, and two judges)
-    recipe: Recipe,
-    reference: str,
-    prompts: Sequence[Prompt],
-    answerer: Answerer,
-    proxy: RewardJudge | None,
-    judge_in: Callable[[Path], RewardJudge],
-) -> dict[str, Any] | None:
-    """Return the `overoptimisation` of results.json; None where the recipe does not ask for it."""
-    cfg = recipe.evaluate
-    if cfg is None or cfg.overoptimisation is None:
+@dataclass(frozen=True)
+class Asked:
+    """Answers to the same prompts, several to each."""
+
+    reference: str
+    """Folder or hub name of the reference."""
+    samples: list[list[Answer]]
+    """Of the reference: N to each of P prompts."""
+    policies: dict[int, Path]
+    """PPO's checkpoints by step."""
+    given: dict[int, list[list[Answer]]]
+    """Of each checkpoint."""
+
+
+def ask(
+    recipe: Recipe, reference: str, prompts: Sequence[Prompt], answerer: Answerer
+) -> Asked | None:
+    """Let the reference and PPO's checkpoints answer; None where the recipe does not ask for it.
+
+    On a GPU the engine takes most of its memory: this comes before any judge is loaded.
+    """
+    cfg = recipe.evaluate.overoptimisation if recipe.evaluate is not None else None
+    if cfg is None:
         return None
-    assert proxy is not None, "Recipe checks that there is a reward model"
-    folder = gold_folder(recipe, cfg.overoptimisation)
     policies = checkpoints(recipe)
-    console.say(
-        f"{'evaluate':>9} proxy and gold reward of {len(policies)} checkpoints and of best-of-n"
-    )
-    found = overoptimisation(
-        policies,
-        reference,
-        prompts,
-        answerer,
-        (proxy, judge_in(folder)),
-        cfg.overoptimisation,
-        temperature=cfg.temperature,
-        tokens_per_batch=cfg.batch_size * recipe.model.max_length,
-        seed=recipe.seed,
-    )
-    return {"gold_model": str(folder), **found}
-
-
-def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)
-    policies: Mapping[int, Path],
-    reference: str,
-    prompts: Sequence[Prompt],
-    answerer: Answerer,
-    judges: tuple[RewardJudge, RewardJudge],
-    cfg: OveroptimisationConfig,
-    *,
-    temperature: float,
-    tokens_per_batch: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Answer, score and measure; `policies` are PPO's checkpoints by step, `judges` proxy, gold."""
+    console.say(f"{'evaluate':>9} {len(policies)} checkpoints and best-of-{cfg.samples}")
     asked = prompts[: cfg.prompts]
     answerer.load(reference)
     samples = answerer.answer_often(asked, cfg.samples, stream=_BEST_OF_N)
@@ -138,7 +119,50 @@ def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)
         answerer.load(str(folder))
         given[step] = answerer.answer_often(asked, cfg.checkpoint_samples, stream=_CHECKPOINTS)
     answerer.release()
-    proxy, gold = _scores(samples, judges)
+    return Asked(reference, samples, policies, given)
+
+
+def overoptimisation_of(
+    recipe: Recipe,
+    asked: Asked | None,
+    proxy: RewardJudge | None,
+    judge_in: Callable[[Path], RewardJudge],
+) -> dict[str, Any] | None:
+    """Return the `overoptimisation` of results.json; None where the recipe does not ask for it."""
+    cfg = recipe.evaluate
+    if asked is None or cfg is None or cfg.overoptimisation is None:
+        return None
+    assert proxy is not None, "Recipe checks that there is a reward model"
+    folder = gold_folder(recipe, cfg.overoptimisation)
+    console.say(f"{'evaluate':>9} proxy and gold reward of what they answered")
+    found = overoptimisation(
+        asked,
+        (proxy, judge_in(folder)),
+        temperature=cfg.temperature,
+        tokens_per_batch=cfg.batch_size * recipe.model.max_length,
+        seed=recipe.seed,
+    )
+    settings = cfg.overoptimisation
+    return {
+        "gold_model": str(folder),
+        "num_prompts": len(asked.samples),
+        "num_samples": settings.samples,
+        "checkpoint_samples": settings.checkpoint_samples,
+        **found,
+    }
+
+
+def overoptimisation(
+    asked: Asked,
+    judges: tuple[RewardJudge, RewardJudge],
+    *,
+    temperature: float,
+    tokens_per_batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Score what was answered and measure its KL; `judges` are proxy and gold."""
+    num_samples = len(asked.samples[0])
+    proxy, gold = _scores(asked.samples, judges)
     scales = Scale.of(proxy), Scale.of(gold)
     best = [
         Point(
@@ -147,21 +171,18 @@ def overoptimisation(  # noqa: PLR0913 (one engine, one reference, two judges)
             best_of_n(proxy, scales[0](proxy), n),
             best_of_n(proxy, scales[1](gold), n),
         )
-        for n in powers_of_two(cfg.samples)
+        for n in powers_of_two(num_samples)
     ]
     ppo = []
-    base = CausalLMModel.from_pretrained(reference).to(device()).eval()
-    for step, groups in given.items():
-        policy = CausalLMModel.from_pretrained(policies[step]).to(device()).eval()
+    base = CausalLMModel.from_pretrained(asked.reference).to(device()).eval()
+    for step, groups in asked.given.items():
+        policy = CausalLMModel.from_pretrained(asked.policies[step]).to(device()).eval()
         flat = [answer for group in groups for answer in group]
         kl = _kl(policy, base, flat, temperature=temperature, tokens_per_batch=tokens_per_batch)
         scores = _scores(groups, judges)
         means = [scale(found).mean(axis=1) for scale, found in zip(scales, scores, strict=True)]
         ppo.append(Point({"step": step}, kl, *means))
     return {
-        "num_prompts": len(asked),
-        "num_samples": cfg.samples,
-        "checkpoint_samples": cfg.checkpoint_samples,
         "deviation": {"proxy": scales[0].deviation, "gold": scales[1].deviation},
         "best_of_n": curve(best, seed=seed, log=False),
         "ppo": curve(ppo, seed=seed, log=True) if ppo else None,

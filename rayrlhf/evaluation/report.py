@@ -4,14 +4,13 @@ Everything is inside the file: no script, no font, no image from elsewhere. Numb
 results.json and metrics.jsonl; all text that a model or a data set wrote is escaped.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.evaluation.battles_section import battles_section
-from rayrlhf.evaluation.cells import definitions, duration, number, table
+from rayrlhf.evaluation.cells import definitions, duration, figure_card, number, table
 from rayrlhf.evaluation.corpus_section import corpus_section
 from rayrlhf.evaluation.cost_section import (
     answer_card,
@@ -75,7 +74,7 @@ def write_report(
 def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> str:
     """Return the whole page."""
     title = escape(str(results["name"]))
-    drawn = "".join(_figure(figure) for figure in figures)
+    drawn = "".join(map(figure_card, figures))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -230,20 +229,6 @@ def _models_table(results: Results) -> str:
     return table(header, rows, f"The models, compared with {MODELS[reference]}") + (
         f'<p class="note">Win rates, ratings and KL are against {escape(MODELS[reference])}; the '
         "small figures are 95% intervals, with the prompt as the unit.</p>"
-    )
-
-
-def _figure(figure: Figure) -> str:
-    """The figure in both themes; the browser shows the one that fits."""
-    light, dark = (
-        f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-        for png in (figure.light, figure.dark)
-    )
-    return (
-        f'<figure class="card"><h3>{escape(figure.title)}</h3><picture>'
-        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(figure.caption)}"></picture>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 
 

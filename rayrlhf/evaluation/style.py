@@ -76,5 +76,8 @@ pre { margin: 12px 0 0; overflow-x: auto; font: 0.82rem/1.5 ui-monospace, "SF Mo
   --line: #cccccc; --accent: #000000; --warm: #9a3412; }
   body { font-size: 11px; } main { max-width: none; padding: 0; }
   .tiles { grid-template-columns: repeat(4, 1fr); } .figures { grid-template-columns: 1fr 1fr; }
-  .scroll { overflow: visible; } pre { white-space: pre-wrap; } }
+  .scroll { overflow: visible; } pre { white-space: pre-wrap; } th, td { white-space: normal; }
+  h2, h3, .note:has(+ .card) { break-after: avoid; } .card, tr { break-inside: avoid; }
+  /* What one would click open is on paper, too. */
+  details::details-content { content-visibility: visible; block-size: auto; } }
 """

@@ -6,7 +6,7 @@ travel as references (`waiting.share`), which this module never opens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import Call, Handle, Ref, Seat, Supervisor
 from rayrlhf.rl.turns import HOLDERS, Turns
 from rayrlhf.rl.waiting import Pending, nothing
+from rayrlhf.transfer import Described, Meeting
 
 T = TypeVar("T")
 Submit = Callable[[Handle], Ref]
@@ -135,7 +136,7 @@ class TrainedGroup(Group):
 
     def update(self, experience: Ref, step: int) -> Pending[dict[str, float]]:
         """Train on a shared Experience; returns metrics of the whole group."""
-        return self._all("update", lambda worker: worker.update.remote(experience, step), _first)
+        return self._all("update", lambda worker: worker.update.remote(experience, step), _only)
 
     def _each(
         self,
@@ -194,6 +195,24 @@ class ActorGroup(TrainedGroup):
 
         return self._all(call, submit, lambda found: found[0])
 
+    def open_transfer(self) -> Pending[tuple[str, int]]:
+        """Return host and port where the engines can meet rank 0."""
+        return self._each("open_transfer", {0: lambda worker: worker.open_transfer.remote()}, _only)
+
+    def join_transfer(self, meeting: Meeting) -> Pending[None]:
+        """Let rank 0 meet the engines."""
+        return self._all(
+            "join_transfer", lambda worker: worker.join_transfer.remote(meeting), nothing
+        )
+
+    def described(self, dtype: str) -> Pending[Described]:
+        """Return what `send_weights` sends, in order."""
+        return self._all("described", lambda worker: worker.described.remote(dtype), _only)
+
+    def send_weights(self, dtype: str) -> Pending[None]:
+        """Send all weights to the engines, which have to receive them at the same time."""
+        return self._all("send_weights", lambda worker: worker.send_weights.remote(dtype), nothing)
+
     def export(self, folder: str) -> Pending[None]:
         """Write the model alone into a folder that exists."""
         return self._all("export", lambda worker: worker.export.remote(folder), nothing)
@@ -249,10 +268,19 @@ class RewardGroup(Group):
         return self._all(call, lambda worker: worker.score.remote(rollout), gather)
 
 
+class Broadcast(Protocol):
+    """Sends weights straight into the engines (weight_sync.py)."""
+
+    def sync(self, version: int) -> list[int]:
+        """Send them; returns the version that each engine has then."""
+
+
 class RolloutGroup(Group):
     """The engines."""
 
     role: Role = "rollout"
+    broadcast: Broadcast | None = None
+    """Who sends weights straight into the engines; None: they come through the object store."""
     _dtype: str | None = None
 
     def generate(self, prompts: list[list[int]], step: int) -> Pending[Rollout]:
@@ -333,7 +361,63 @@ class RolloutGroup(Group):
         work = {rank: submit(self.seats[rank]) for rank in ranks}
         return self._each("load_weights", work, list, lasting=True)
 
+    def join_transfer(self, meeting: Meeting, width: int) -> Pending[None]:
+        """Let every engine meet the actor's rank 0; each has `width` processes."""
 
-def _first(results: list[dict[str, float]]) -> dict[str, float]:
-    """Every rank returns the metrics of the whole group."""
+        def submit(worker: Handle) -> Ref:
+            return worker.join_transfer.remote(meeting, width)
+
+        return self._shared("join_transfer", dict.fromkeys(range(len(self.seats)), submit), nothing)
+
+    def receive_weights(
+        self, described: Described, version: int, catch_up: Callable[[], Sequence[Ref]]
+    ) -> Pending[list[int]]:
+        """Take all weights as the actor sends them; returns the version that each engine has then.
+
+        A later engine in a seat loads the weights that `catch_up` refers to.
+        """
+
+        def submit(seat: Seat) -> Submit:
+            asked = seat.worker
+
+            def receive(worker: Handle) -> Ref:
+                if worker is asked:
+                    return worker.receive_weights.remote(described, version)
+                return worker.load_weights.remote(version, *catch_up())
+
+            return receive
+
+        work = {rank: submit(seat) for rank, seat in enumerate(self.seats)}
+        return self._shared("receive_weights", work, list, lasting=True)
+
+    def renew(self) -> None:
+        """End every engine, and start others, which have the weights of the start until a sync."""
+        assert self.supervisor is not None
+        for seat in self.seats:
+            seat.calls = [each for each in seat.calls if each.name == "start"]
+            seat.pass_on(self.supervisor.spawn(seat.rank, self.supervisor.settings))
+
+    def _shared(
+        self,
+        call: str,
+        work: Mapping[int, Submit],
+        gather: Callable[[list[Any]], T],
+        *,
+        lasting: bool = False,
+    ) -> Pending[T]:
+        """Start what engines and actor do together: a death leaves the others hanging."""
+        pending = self._each(call, work, gather, lasting=lasting)
+        if self.supervisor is not None:
+            pending.died, pending.is_collective = self._lost, True
+        return pending
+
+    def _lost(self, call: Call, error: Exception) -> None:
+        assert self.supervisor is not None
+        if call.is_again:
+            return self._died(call, error)
+        raise self.supervisor.lose(call.seat, call.name, error) from error
+
+
+def _only(results: list[T]) -> T:
+    """Every rank returns the same, or there is one."""
     return results[0]

@@ -29,6 +29,7 @@ from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import Handle, Seat, Supervisor
 from rayrlhf.rl.turns import Turns
 from rayrlhf.rl.waiting import Pending, nothing, wait_all
+from rayrlhf.rl.weight_sync import Broadcast
 from rayrlhf.rl.workers import (
     ActorWorker,
     CriticWorker,
@@ -208,6 +209,10 @@ def launch(
             reward=bundles.fill(RewardGroup, settings, deadline_s),
             rollout=bundles.fill(RolloutGroup, settings, deadline_s),
         )
+        if settings["actor"].ppo.weight_transfer == "broadcast":
+            place = next(place for place in layout.places if place.role == "rollout")
+            width = len(place.spread) or max(1, int(place.gpus))
+            roles.rollout.broadcast = Broadcast(roles.actor, roles.rollout, width)
         wait_all(*[group.start() for group in roles.groups])
         yield roles
     finally:

@@ -11,6 +11,7 @@ from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import Rollout
 from rayrlhf.rl.ranks import Worker
 from rayrlhf.training.flops import ModelFlops, model_flops
+from rayrlhf.transfer import Described, Meeting
 
 PROBE_TOKENS = 16
 """Longest answer to a prompt of a probe (gate.py)."""
@@ -38,6 +39,7 @@ class RolloutWorker(Worker):
             gpu_memory=settings.gpu_memory,
             sleeps=settings.takes_turns,
             eos_token_id=settings.eos_id,
+            receives=self.cfg.weight_transfer == "broadcast",
         )
         if self.cfg.profile:
             with torch.device("meta"):
@@ -103,3 +105,12 @@ class RolloutWorker(Worker):
     def load_weights(self, version: int, *weights: Bucket) -> int:
         """Replace all weights; returns the version that the engine now has."""
         return self.engine.load_weights(unpacked(chain(self._frozen, weights)), version)
+
+    def join_transfer(self, meeting: Meeting, width: int) -> None:
+        """Meet the trainer; every engine has `width` processes, and the trainer is rank 0."""
+        self.engine.join_transfer(meeting, 1 + self.settings.rank * width)
+
+    @timed
+    def receive_weights(self, described: Described, version: int) -> int:
+        """Take all weights as the trainer sends them; returns the version that the engine has."""
+        return self.engine.receive_weights(described, version)

@@ -50,6 +50,8 @@ from rayrlhf.rl.ranks import (
 )
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.scoring import RewardWorker
+from rayrlhf.transfer import Described, Meeting
+from rayrlhf.transfer.sender import Sender, free_port
 
 __all__ = ["ActorWorker", "CriticWorker", "ReferenceWorker", "RewardWorker", "RolloutWorker"]
 
@@ -103,6 +105,7 @@ class ActorWorker(TrainedWorker):
     """A rank of the policy in training."""
 
     role = "actor"
+    _sender: Sender | None = None
 
     def __init__(self, settings: RoleSettings) -> None:
         super().__init__(settings)
@@ -314,6 +317,37 @@ class ActorWorker(TrainedWorker):
         if has_adapter:
             weights = lora.merged(self.model.hf, weights)
         yield from packed(weights, dtype)
+
+    def open_transfer(self) -> tuple[str, int]:
+        """Return host and port where the engines can meet this rank (rank 0)."""
+        return self.settings.host, free_port()
+
+    def join_transfer(self, meeting: Meeting) -> None:
+        """Meet the engines in a new group (rank 0; the others have no part in it)."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if self.settings.rank == 0:
+            self._sender = Sender(meeting, self.device)
+
+    def described(self, dtype: str) -> Described:
+        """Return what `send_weights` sends; where weights are sharded, they are gathered for it."""
+        found = [(name, tuple(tensor.shape)) for name, tensor in self._whole()]
+        names, shapes = zip(*found, strict=True)
+        return Described(names, shapes, dtype)
+
+    def send_weights(self, dtype: str) -> None:
+        """Send all weights to the engines, as `dtype`; all ranks gather, rank 0 sends."""
+        with self.clock.phase("weights"):
+            weights = self._whole()
+            if self._sender is None:
+                deque(weights, maxlen=0)
+                return
+            kind: torch.dtype = getattr(torch, dtype)
+            self._sender.send((name, tensor.to(kind)) for name, tensor in weights)
+
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model, self.backend.full_weights(on_device=True))
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder with the tokenizer (rank 0; the others take part)."""

@@ -145,19 +145,23 @@ class Backend(ABC):
             self._away.bring_back()
             self._away = None
 
-    def full_weights(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(
+        self, wanted: Container[str] | None = None, *, on_device: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, float32 CPU tensor) of every weight, shared ones once; every rank calls it.
 
-        `wanted` leaves out all others, the same on every rank. Where weights are sharded, each step
-        is a collective: exhaust the iterator on every rank.
+        `wanted` leaves out all others, the same on every rank; `on_device` leaves them where they
+        are gathered. Where weights are sharded, each step is a collective: exhaust the iterator on
+        every rank.
         """
+        place = self.device if on_device else torch.device("cpu")
         kept = set(self.module.state_dict(keep_vars=True))
         for name, parameter in self.module.named_parameters():
             if wanted is None or name in wanted:
-                yield name, self._full(parameter).detach().to("cpu", torch.float32)
+                yield name, self._full(parameter).detach().to(place, torch.float32)
         for name, buffer in self.module.named_buffers():
             if name in kept and (wanted is None or name in wanted):
-                yield name, buffer.detach().to("cpu", torch.float32)
+                yield name, buffer.detach().to(place, torch.float32)
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.world_size == 1:
