@@ -138,6 +138,8 @@ def test_what_another_job_holds_is_waited_for_and_then_named(
     bundles = [{"CPU": 1.0, "GPU": 0.0}] * 2
     monkeypatch.setattr(session, "RELEASE_S", 1.0)
     session.require(bundles, stage="sft")
+    with pytest.raises(RecipeError, match="1 GPU asked for, 0 registered"):
+        session.require([{"GPU": 1.0}], wait_s=1, stage="sft")  # no autoscaler hears it
     busy(600)
     with pytest.raises(RecipeError) as caught:
         session.require(bundles, stage="sft")

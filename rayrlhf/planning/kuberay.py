@@ -8,7 +8,7 @@ Numbers and sizes of pods come from the recipe's own layout (pods.py). Volume, k
 policy are those of cluster/kuberay/base, which is applied once per namespace.
 """
 
-import re
+import math
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,30 +17,28 @@ from typing import Any
 
 import yaml
 
-from rayrlhf import __version__
+from rayrlhf import __version__, lineage
 from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.planning.pods import Group, Node, groups, on_gpu
+from rayrlhf.planning.templates import (
+    CLAIM,
+    IMAGE,
+    PORTS,
+    RECIPE,
+    VOLUME,
+    Object,
+    container_security,
+    labels,
+    object_name,
+    pod,
+    submitter,
+)
 
-Object = dict[str, Any]
-
-IMAGE = "rayrlhf"
-"""Name of the images of cluster/docker, without a registry: a cluster that loads them by hand."""
 SERVE_APP = "rayrlhf.serving.openai:app"
-"""The builder of the application that is served; its argument `recipe` is a path."""
-CLAIM = "rayrlhf"
-"""PersistentVolumeClaim of the shared volume."""
-KEYS = "rayrlhf-keys"
-"""Secret whose entries are environment variables of every pod, such as HF_TOKEN; may be missing."""
+"""The builder of the application that is served: it takes the path of a recipe, and overrides."""
 REDIS = "rayrlhf-redis"
 """Service of the Redis that keeps what a cluster knows while its head is away, and the Secret with
 its password."""
-VOLUME = PurePosixPath("/mnt/rayrlhf")
-"""Where the volume is; also the working directory, from which relative data paths are taken."""
-RECIPE = "/etc/rayrlhf/recipe.yaml"
-USER = 1000
-"""User and group of the images of cluster/docker."""
-NAME_LENGTH = 47
-"""KubeRay's limit for a RayJob or RayService, which adds to it for the names of its pods."""
 
 WAIT_S = 1800.0
 """resources.wait_s where the recipe has none: nodes come one by one, and images have gigabytes."""
@@ -52,10 +50,6 @@ KEEP_S = 3600
 """Seconds for which a finished job's cluster stays, for its logs."""
 RETRIES = 3
 """New clusters after a failure: each goes on from the newest checkpoint in the run directory."""
-PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
-SERVE_PORT = 8000
-SHM_PART = 0.4
-"""Part of a pod's memory for /dev/shm: Ray's object store takes 0.3, NCCL and loaders the rest."""
 HEAD_CPUS = 4
 HEAD_GIB = 16
 """The driver is on the head: it evaluates there where the recipe has no GPU. Without a GPU, what
@@ -102,29 +96,40 @@ def render(
     node = node or Node()
     objects = [_recipe_map(placed)]
     objects += [_job(placed, stage, groups(placed, (stage,), node), image) for stage in stages]
-    if served(placed) is not None:
-        objects.append(_service(placed, image, node))
+    overrides = serving(placed)
+    heading = _heading(placed, stages, image)
+    if placed.resources.rollout.gpus > node.gpus:
+        heading += (
+            f"# Not served: an engine takes {placed.resources.rollout.gpus:g} GPUs, and a node has "
+            f"{node.gpus}.\n"
+        )
+    elif overrides is not None:
+        objects.append(_service(placed, overrides, image, node))
     documents = [
         yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
         for each in objects
     ]
-    return "---\n".join([_heading(placed, stages, image), *documents])
+    return "---\n".join([heading, *documents])
 
 
-def served(recipe: Recipe) -> str | None:
-    """Return the last stage whose result answers prompts, or None."""
-    for stage in ("rounds", "ppo", "dpo", "sft", "pretrain"):
-        if stage in recipe.stages:
-            return stage
-    return None
+def serving(recipe: Recipe) -> list[str] | None:
+    """Return the overrides that have a recipe's result served; None where nothing answers prompts.
 
-
-def object_name(name: str, stage: str) -> str:
-    """Return a Kubernetes name for a stage of a recipe: a DNS label that KubeRay accepts."""
-    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if not label[:1].isalpha():
-        label = f"r{label}"
-    return f"{label[: NAME_LENGTH - len(stage) - 1].rstrip('-')}-{stage}"
+    The newest policy answers, beside the reward model that trained it.
+    """
+    last = [stage for stage in ("pretrain", "sft", "dpo", "ppo") if stage in recipe.stages]
+    if not last:
+        return None
+    folder = recipe.path
+    chosen = [f"serve.follow={last[-1]}"]
+    if recipe.rounds is not None:
+        folder = recipe.path / lineage.round_folder(recipe.rounds.num_rounds)
+        chosen = [f"serve.models={{rounds: {{path: {folder / lineage.OUTPUTS['ppo']}}}}}"]
+    if "reward" in recipe.stages:
+        chosen.append(f"serve.reward={folder / lineage.OUTPUTS['reward']}")
+    if on_gpu(recipe) and not recipe.resources.rollout.gpus:
+        chosen.append("resources.rollout.gpus=1")
+    return chosen
 
 
 def entrypoint(recipe: Recipe, stage: str) -> str:
@@ -175,29 +180,19 @@ def _heading(recipe: Recipe, stages: Sequence[str], image: str) -> str:
     )
 
 
-def _labels(recipe: Recipe, name: str) -> dict[str, str]:
-    return {
-        "app.kubernetes.io/name": IMAGE,
-        "app.kubernetes.io/instance": name,
-        "app.kubernetes.io/version": __version__,
-        "app.kubernetes.io/part-of": IMAGE,
-        "app.kubernetes.io/managed-by": "rayrlhf-plan",
-    }
-
-
-def _object(recipe: Recipe, kind: str, name: str) -> Object:
+def _object(kind: str, name: str) -> Object:
     api = "v1" if kind == "ConfigMap" else "ray.io/v1"
     return {
         "apiVersion": api,
         "kind": kind,
-        "metadata": {"name": name, "labels": _labels(recipe, name)},
+        "metadata": {"name": name, "labels": labels(name)},
     }
 
 
 def _recipe_map(recipe: Recipe) -> Object:
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     file = PurePosixPath(RECIPE).name
-    return _object(recipe, "ConfigMap", object_name(recipe.name, "recipe")) | {"data": {file: text}}
+    return _object("ConfigMap", object_name(recipe.name, "recipe")) | {"data": {file: text}}
 
 
 def _job(recipe: Recipe, stage: str, workers: list[Group], image: str) -> Object:
@@ -215,19 +210,19 @@ def _job(recipe: Recipe, stage: str, workers: list[Group], image: str) -> Object
     }
     if stage == "evaluate" and on_gpu(recipe):
         spec["entrypointNumGpus"] = 1
-    spec["submitterPodTemplate"] = _submitter(recipe, name, image)
+    spec["submitterPodTemplate"] = submitter(name, image)
     spec["submitterConfig"] = {"backoffLimit": RETRIES}
     spec["rayClusterSpec"] = _cluster(recipe, name, workers, image)
-    return _object(recipe, "RayJob", name) | {"spec": spec}
+    return _object("RayJob", name) | {"spec": spec}
 
 
-def _service(recipe: Recipe, image: str, node: Node) -> Object:
+def _service(recipe: Recipe, overrides: Sequence[str], image: str, node: Node) -> Object:
     name = object_name(recipe.name, "serve")
     application = {
         "name": IMAGE,
         "import_path": SERVE_APP,
         "route_prefix": "/",
-        "args": {"recipe": RECIPE},
+        "args": {"recipe": RECIPE, "overrides": list(overrides)},
     }
     cluster = _cluster(recipe, name, _serving_groups(recipe, node), image)
     cluster["gcsFaultToleranceOptions"] = {
@@ -250,24 +245,25 @@ def _service(recipe: Recipe, image: str, node: Node) -> Object:
         ),
         "rayClusterConfig": cluster,
     }
-    return _object(recipe, "RayService", name) | {"spec": spec}
+    return _object("RayService", name) | {"spec": spec}
 
 
 def _serving_groups(recipe: Recipe, node: Node) -> list[Group]:
-    """Return pods that hold an engine and the reward model each: as many as PPO has engines."""
+    """Return pods for the engines, as many as PPO has at most, and for the reward model.
+
+    The reward model is beside an engine where a node holds both, and else on a pod of its own.
+    """
     engine, scorer = recipe.resources.rollout, recipe.resources.reward
     most = max(1, engine.num_workers)
     if not on_gpu(recipe):
         return [Group("cpu", HEAD_CPUS, 0, HEAD_GIB, 1, most, 1)]
-    gpus = max(1, int(engine.gpus)) + ("reward" in recipe.stages)
+    scores = scorer.gpus if "reward" in recipe.stages else 0
+    gpus = math.ceil((engine.gpus or 1) + scores - 1e-6)
+    least = 1
     if gpus > node.gpus:
-        raise RecipeError(
-            f"resources.rollout.gpus={engine.gpus:g}: served with the reward model beside it, it "
-            f"takes {gpus} GPUs of one node, which has {node.gpus}: lower it, or name larger nodes "
-            "with --gpus-per-node"
-        )
-    cpus = max(node.cpus * gpus // node.gpus, int(engine.cpus + scorer.cpus) + 1)
-    return [Group("gpu", cpus, gpus, node.memory_gib * gpus // node.gpus, 1, most, 1)]
+        gpus, least, most = node.gpus, 2, most + 1
+    cpus = max(node.cpus * gpus // node.gpus, math.ceil(engine.cpus + scorer.cpus) + 1)
+    return [Group("gpu", cpus, gpus, node.memory_gib * gpus // node.gpus, least, most, least)]
 
 
 def _cluster(recipe: Recipe, name: str, workers: list[Group], image: str) -> Object:
@@ -284,12 +280,12 @@ def _cluster(recipe: Recipe, name: str, workers: list[Group], image: str) -> Obj
                 "requests": {"cpu": "500m", "memory": "1Gi"},
                 "limits": {"cpu": "500m", "memory": "1Gi"},
             },
-            "securityContext": _container_security(),
+            "securityContext": container_security(),
         },
         "headGroupSpec": {
             # Work goes to the workers: the head has the driver, and keeps the cluster's state.
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": _pod(recipe, name, head, image),
+            "template": pod(recipe, name, head, image),
         },
         "workerGroupSpecs": [
             {
@@ -298,98 +294,8 @@ def _cluster(recipe: Recipe, name: str, workers: list[Group], image: str) -> Obj
                 "minReplicas": group.min_replicas,
                 "maxReplicas": group.max_replicas,
                 "rayStartParams": {},
-                "template": _pod(recipe, name, group, image),
+                "template": pod(recipe, name, group, image),
             }
             for group in workers
         ],
     }
-
-
-def _submitter(recipe: Recipe, name: str, image: str) -> Object:
-    """Return the pod that submits the job and follows its log; KubeRay fills in its command."""
-    sizes = {"cpu": "500m", "memory": "1Gi"}
-    container = {
-        "name": "ray-job-submitter",
-        "image": image,
-        "resources": {"requests": sizes, "limits": sizes},
-        "securityContext": _container_security(),
-    }
-    return {
-        "metadata": {"labels": _labels(recipe, name)},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            "securityContext": _pod_security(),
-            "nodeSelector": _nodes(),
-            "containers": [container],
-        },
-    }
-
-
-def _pod(recipe: Recipe, name: str, group: Group, image: str) -> Object:
-    """Return the template of a group's pods; probes and the start command are KubeRay's."""
-    is_head = group.name == "head"
-    sizes = {"cpu": str(group.cpus), "memory": f"{group.memory_gib}Gi"}
-    if group.gpus:
-        sizes["nvidia.com/gpu"] = str(group.gpus)
-    ports = (PORTS | {"serve": SERVE_PORT}) if is_head else {"metrics": 8080, "serve": SERVE_PORT}
-    container: Object = {
-        "name": "ray-head" if is_head else "ray-worker",
-        "image": image,
-        "imagePullPolicy": "IfNotPresent",
-        "workingDir": str(VOLUME),
-        "env": [
-            {"name": "RAYRLHF_CACHE", "value": f"{VOLUME}/cache"},
-            {"name": "HF_HOME", "value": f"{VOLUME}/cache/huggingface"},
-        ],
-        "envFrom": [{"secretRef": {"name": KEYS, "optional": True}}],
-        "ports": [{"name": each, "containerPort": port} for each, port in ports.items()],
-        "resources": {"requests": sizes, "limits": sizes},
-        "securityContext": _container_security(),
-        "volumeMounts": [
-            {"name": "runs", "mountPath": str(VOLUME)},
-            {"name": "recipe", "mountPath": str(PurePosixPath(RECIPE).parent), "readOnly": True},
-            {"name": "shm", "mountPath": "/dev/shm"},
-        ],
-    }
-    shm = f"{int(group.memory_gib * SHM_PART)}Gi"
-    spec: Object = {
-        "restartPolicy": "Never",  # the second autoscaler replaces pods, and none restarts
-        "securityContext": _pod_security(),
-        "nodeSelector": _nodes(),
-        "containers": [container],
-        "volumes": [
-            {"name": "runs", "persistentVolumeClaim": {"claimName": CLAIM}},
-            {"name": "recipe", "configMap": {"name": object_name(recipe.name, "recipe")}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
-        ],
-    }
-    if not is_head:  # the autoscaler, which is on the head, talks to Kubernetes
-        spec["automountServiceAccountToken"] = False
-    if group.gpus:
-        spec["tolerations"] = [
-            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-        ]
-    # To clear a node in the middle of a run costs all steps since the last checkpoint.
-    keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
-    return {"metadata": {"labels": _labels(recipe, name), "annotations": keep}, "spec": spec}
-
-
-def _nodes() -> dict[str, str]:
-    """Return the label of nodes for which the images are built."""
-    return {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
-
-
-def _pod_security() -> Object:
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": USER,
-        "runAsGroup": USER,
-        "fsGroup": USER,
-        "fsGroupChangePolicy": "OnRootMismatch",  # a volume of checkpoints takes long to walk
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _container_security() -> Object:
-    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}

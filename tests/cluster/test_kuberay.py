@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf import __version__
-from rayrlhf.planning import kuberay
+from rayrlhf.planning import kuberay, templates
 from rayrlhf.planning.pods import Node
 from tests.cluster.kustomize import build, files
 from tests.cluster.rules import GPU, check_rules
@@ -70,12 +70,12 @@ def test_images_are_those_of_this_version(folder: Path) -> None:
     cluster = ray_cluster(folder.name)
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         (container,) = group["template"]["spec"]["containers"]
-        assert container["image"] == f"{kuberay.IMAGE}:{__version__}-{kind}"
+        assert container["image"] == f"{templates.IMAGE}:{__version__}-{kind}"
 
 
 def test_what_jobs_refer_to_is_in_the_base() -> None:
     found = build(FOLDER / "base")
-    find(found, "PersistentVolumeClaim", kuberay.CLAIM)
+    find(found, "PersistentVolumeClaim", templates.CLAIM)
     service = find(found, "Service", kuberay.REDIS)
     assert service["spec"]["ports"][0]["port"] == 6379
     redis = find(found, "StatefulSet", kuberay.REDIS)

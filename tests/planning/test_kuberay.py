@@ -11,8 +11,9 @@ from ray.serve.schema import ServeDeploySchema
 from rayrlhf import __version__, cli
 from rayrlhf.config import Recipe, load, parse
 from rayrlhf.planning import kuberay
-from rayrlhf.planning.kuberay import NAME_LENGTH, RECIPE, VOLUME, object_name, render, served
+from rayrlhf.planning.kuberay import render, serving
 from rayrlhf.planning.pods import demands, on_gpu
+from rayrlhf.planning.templates import NAME_LENGTH, RECIPE, VOLUME, object_name
 from rayrlhf.rl.layout import plan
 from rayrlhf.session import shortage
 from tests.cluster.rules import check_rules
@@ -64,7 +65,7 @@ def test_every_recipe_renders(file: Path, each: bool) -> None:
     for job, stage in zip(jobs, stages, strict=True):
         for bundles in demands(recipe, (stage,)).values():
             assert shortage(bundles, nodes(job)) is None
-    assert len(of_kind(found, "RayService")) == (served(recipe) is not None)
+    assert len(of_kind(found, "RayService")) == (serving(recipe) is not None)
 
 
 @pytest.mark.parametrize("file", ["quickstart", "rounds"])
@@ -96,6 +97,23 @@ def test_the_recipe_in_it_is_the_one_that_was_given(file: Path) -> None:
     assert same == recipe
     # Kubernetes refuses a ConfigMap of more than 1 MiB.
     assert len(part["data"]["recipe.yaml"]) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "served"),
+    [(7, "disaggregated", [8]), (8, "disaggregated", [8, 8]), (16, "colocated", None)],
+)
+def test_a_large_engine_is_served_where_it_fits(
+    gpus: int, layout: str, served: list[int] | None
+) -> None:
+    overrides = [*ON_GPUS, "resources.rollout.num_workers=1", f"resources.rollout.gpus={gpus}"]
+    file = ROOT / "configs" / "quickstart.yaml"
+    recipe = load(file, [*overrides, f"resources.layout={layout}"])
+    services = of_kind(rendered(recipe), "RayService")
+    assert ("# Not served: an engine takes 16 GPUs" in render(recipe)) == (served is None)
+    assert [[node["GPU"] for node in nodes(each)] for each in services] == (
+        [] if served is None else [served]
+    )
 
 
 def commands(entrypoint: str) -> list[list[str]]:
@@ -145,7 +163,34 @@ def test_the_service_waits_for_its_model() -> None:
     served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = served.applications
     assert application.import_path == kuberay.SERVE_APP
-    assert application.args == {"recipe": RECIPE}
+    assert application.args == {
+        "recipe": RECIPE,
+        "overrides": [
+            "serve.follow=ppo",
+            "serve.reward=/mnt/rayrlhf/runs/quickstart/reward/final",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ("corpus/llama-mixture", [], None),
+        ("instructgpt-sft", [], ["serve.follow=sft", "resources.rollout.gpus=1"]),
+        ("quickstart", ["ppo=null"], ["serve.follow=dpo", "serve.reward=runs/x/reward/final"]),
+        (
+            "rounds",
+            [],
+            [
+                "serve.models={rounds: {path: runs/x/rounds/02/ppo/final}}",
+                "serve.reward=runs/x/rounds/02/reward/final",
+            ],
+        ),
+    ],
+)
+def test_what_is_served(file: str, overrides: list[str], expected: list[str] | None) -> None:
+    recipe = load(ROOT / "configs" / f"{file}.yaml", [*overrides, "run_dir=runs/x"])
+    assert serving(recipe) == expected
 
 
 @pytest.mark.parametrize("overrides", [[], ON_GPUS], ids=["cpu", "gpu"])
