@@ -51,7 +51,8 @@ def short_recipe(folder: Path) -> Path:
     """Write the toy recipe with as few steps as show that a stage works."""
     toy.write_records(folder)
     tree = toy.recipe(folder)
-    tree["pretrain"] |= {"max_steps": PRETRAINING_STEPS, "save_every": 10, "num_samples": 0}
+    steps = {"epochs": 100, "max_steps": PRETRAINING_STEPS, "save_every": 10}
+    tree["pretrain"] |= {**steps, "num_samples": 0}
     for stage in ("sft", "reward", "dpo"):
         tree[stage] |= {"max_steps": 3}
     tree["ppo"] |= {"steps": 1, "ptx_coef": 0.0}
