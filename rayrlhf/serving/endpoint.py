@@ -28,7 +28,6 @@ from rayrlhf.serving.frontend import Frontend
 from rayrlhf.serving.limits import bounded
 from rayrlhf.serving.refusals import Refusal
 
-Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 ERROR = {
     "description": "An error in OpenAI's form",
@@ -58,8 +57,8 @@ class Body(BaseModel):
 class ScoreBody(Body):
     """Responses to score."""
 
-    prompt: Text
-    responses: Annotated[list[Text], Field(min_length=1)]
+    prompt: str
+    responses: Annotated[list[str], Field(min_length=1)]
 
 
 class Scores(BaseModel):
