@@ -5,6 +5,7 @@ the rule and the fix; 1 anything else. The heavy libraries are imported after pa
 """
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)  # words may follow --follow STAGE
     log: Path | None = None
     try:
         if args.against is not None and args.command != "evaluate":
@@ -142,7 +143,7 @@ def _recipe_of(args: argparse.Namespace) -> tuple[str, list[str]]:
     stage = args.follow.absolute()
     # The first word after --follow's own may be an override: there is no recipe to name.
     overrides = [word for word in (args.recipe, *args.overrides) if word is not None]
-    own = [f"run_dir={stage.parent}", f"serve.follow={stage.name}"]
+    own = [f"run_dir={json.dumps(str(stage.parent))}", f"serve.follow={stage.name}"]
     return str(stage.parent / "recipe.yaml"), [*own, *overrides]
 
 

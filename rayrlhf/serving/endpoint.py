@@ -13,7 +13,7 @@ Every error has OpenAI's form. An answer names its model and version in headers.
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -108,11 +108,9 @@ def create_app(frontend: Frontend, token: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(frontend.run())
+        frontend.start()
         yield
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await frontend.stop()
 
     app = FastAPI(
         title="rayrlhf serve",

@@ -36,11 +36,12 @@ class Front:
         """`policies` are the engines of each model."""
         self._recipe, self._token = recipe, token
         self._policies, self._scorer = policies, scorer
+        self._frontend: Frontend | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         recipe, cfg = self._recipe, section_of(self._recipe)
         votes = Votes(store_of(recipe), cfg.max_votable) if cfg.votes else None
-        frontend = Frontend(
+        self._frontend = Frontend(
             name=recipe.name,
             cfg=cfg,
             engines={
@@ -52,7 +53,12 @@ class Front:
             votes=votes,
             followed=followed_folder(recipe),
         )
-        return create_app(frontend, self._token)
+        return create_app(self._frontend, self._token)
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when Serve should start this replica again."""
+        if self._frontend is not None:
+            self._frontend.check()
 
 
 def section_of(recipe: Recipe) -> ServeConfig:

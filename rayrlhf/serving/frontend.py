@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Frontend:
     def __post_init__(self) -> None:
         self._turns = {model: asyncio.Lock() for model in self.engines}
         self._refused = ""
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def models(self) -> list[str]:
@@ -171,8 +173,23 @@ class Frontend:
         for engine in behind:
             await engine.restart()
 
-    async def run(self) -> None:
-        """Watch the engines, and the followed stage, for ever."""
+    def start(self) -> None:
+        """Begin to watch the engines, and the followed stage."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Watch no more."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def check(self) -> None:
+        """Raise RuntimeError when nothing watches the engines any more."""
+        if self._task is not None and self._task.done():
+            raise RuntimeError("the endpoint does not watch its engines any more")
+
+    async def _run(self) -> None:
         for model in self.engines:
             self.meters.version.labels(model).set(self.weights.of(model).version)
         engines: list[Upstream | Scoring] = [
@@ -180,7 +197,9 @@ class Frontend:
         ]
         engines += [self.scorer] if self.scorer is not None else []
         follow = [self._follow(self.followed)] if self.followed is not None else []
-        await asyncio.gather(*(engine.watch() for engine in engines), self._meter(), *follow)
+        async with asyncio.TaskGroup() as group:
+            for work in (*(engine.watch() for engine in engines), self._meter(), *follow):
+                group.create_task(work)
 
     async def _meter(self) -> None:
         while True:

@@ -4,7 +4,6 @@ Each is one replica. When it dies, Ray Serve starts it again, and it loads what 
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,16 +50,17 @@ class Policy:
         """Replace the weights between two answers; return the version's name."""
         return await self._engine.load(live, wait_s)
 
-    async def beat(self, known: str, wait_s: float) -> str:
-        """Return the version's name, at once where it is not `known`, else after `wait_s`.
+    async def watch(self) -> AsyncIterator[str]:
+        """Yield the version's name at once, and again when it changes, for ever.
 
         Raises RuntimeError when the engine is not healthy.
         """
-        until = time.monotonic() + wait_s
+        known = ""
         while True:
             self.check_health()
-            if self._engine.version != known or time.monotonic() > until:
-                return self._engine.version
+            if self._engine.version != known:
+                known = self._engine.version
+                yield known
             await asyncio.sleep(LOOK_S)
 
     async def give_up(self) -> None:
@@ -99,11 +99,10 @@ class Scorer:
         """Return the score of each response to a prompt, or what is wrong with them."""
         return await asyncio.to_thread(self._score, prompts, responses)
 
-    async def beat(self, known: str, wait_s: float) -> str:
-        """Return a name, at once where it is not `known`, else after `wait_s`."""
-        if known:
-            await asyncio.sleep(wait_s)
-        return "reward"
+    async def watch(self) -> AsyncIterator[str]:
+        """Yield a name at once, and never end."""
+        yield "reward"
+        await asyncio.Event().wait()
 
     def _score(
         self, prompts: Sequence[str], responses: Sequence[Sequence[str]]

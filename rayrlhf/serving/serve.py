@@ -83,7 +83,7 @@ def application(
     """Bind the front to engines that load `folders`; `is_here` keeps it on this node."""
     cfg, folder = section_of(recipe), folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    LiveWeights(folder).start(dict(folders))
+    LiveWeights(folder).start(folders, [cfg.follow] if cfg.follow is not None else [])
     engine = recipe.resources.rollout
     environment = {"OMP_NUM_THREADS": str(engine.num_threads)}
     policies: dict[str, list[Any]] = {}

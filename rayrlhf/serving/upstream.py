@@ -17,8 +17,6 @@ from rayrlhf.serving.answers import Answer, Kind
 from rayrlhf.serving.refusals import Refusal
 from rayrlhf.serving.weights import Live
 
-BEAT_S = 2.0
-"""Seconds after which the call that is always under way comes back, to be made again."""
 AGAIN_S = 0.2
 Result = TypeVar("Result")
 
@@ -68,22 +66,26 @@ class _Watched:
     """A deployment of one replica, of which is known whether it is up."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        self._handle, self._streams = handle, handle.options(stream=True)
         self._down = asyncio.Event()
         self.version = ""
 
     async def watch(self) -> None:
         """Keep `version` right, for ever."""
         while True:
+            names = self._streams.watch.remote()  # waits for a replica, and ends with it
             try:
-                self.version = await self._handle.beat.remote(self.version, BEAT_S)
-                self._down.clear()
+                async for name in names:
+                    self.version = name
+                    self._down.clear()
             except (RayError, RayServeException) as error:
                 if self.version:
                     print(f"serve: a model went down: {error!r}"[:500], flush=True)
+            finally:
                 self.version = ""
                 self._down.set()
-                await asyncio.sleep(AGAIN_S)
+                names.cancel()
+            await asyncio.sleep(AGAIN_S)
 
     def _require_up(self) -> None:
         if not self.version:
@@ -119,7 +121,6 @@ class ServeUpstream(_Watched):
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
-        self._streams = handle.options(stream=True)
         self.ongoing = 0
 
     async def answer(self, kind: Kind, body: dict[str, Any]) -> Answer:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,19 @@ class LiveWeights:
         """`folder` is that of the endpoint in the run directory, on every node that serves."""
         self._folder = folder
 
-    def start(self, folders: dict[str, str]) -> None:
-        """Begin with these folders, as version 1 each, and forget what was live before."""
+    def start(self, folders: Mapping[str, str], keep: Collection[str] = ()) -> None:
+        """Begin with these folders, as version 1 each, and forget what was live before.
+
+        Those of the models in `keep` are taken in, since they may be removed.
+        """
         shutil.rmtree(self._folder / "weights", ignore_errors=True)
-        tree = {name: {"folder": folder, "version": 1} for name, folder in folders.items()}
+        begun = {
+            name: self._take_in(name, folder, 1) if name in keep else Live(folder, 1)
+            for name, folder in folders.items()
+        }
+        tree = {
+            name: {"folder": live.folder, "version": live.version} for name, live in begun.items()
+        }
         write_json(self._folder / LIVE, tree)
 
     def of(self, model: str) -> Live:
@@ -69,7 +78,9 @@ class LiveWeights:
 
     def take_in(self, model: str, folder: str | Path) -> Live:
         """Keep a folder's files for the next version of a model, and return it; not live yet."""
-        version = self.of(model).version + 1
+        return self._take_in(model, folder, self.of(model).version + 1)
+
+    def _take_in(self, model: str, folder: str | Path, version: int) -> Live:
         place = self._folder / "weights" / f"{model}-v{version}"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
@@ -120,7 +131,7 @@ def check_fit(folder: str | Path, served: str | Path) -> None:
             f"{folder}: it has no config.json of a Hugging Face model: give a folder with "
             "config.json and model.safetensors"
         ) from None
-    wanted = json.loads((old / "config.json").read_text(encoding="utf-8"))["architectures"]
+    wanted = json.loads((old / "config.json").read_text(encoding="utf-8")).get("architectures")
     if kind != wanted:
         raise Unfit(f"{folder}: it holds a {kind}, and a {wanted} is served: give one of that kind")
     shapes, served_shapes = tensor_shapes(new), tensor_shapes(old)

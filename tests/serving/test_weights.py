@@ -58,6 +58,9 @@ def test_what_was_taken_in_outlives_its_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "serve" / "weights").iterdir()] == ["a-v3"]
     weights.start({"a": str(first)})
     assert weights.of("a").version == 1 and not (tmp_path / "serve" / "weights").exists()
+    weights.start({"a": str(first), "ppo": str(first)}, keep=["ppo"])
+    shutil.rmtree(first)
+    assert dict(tensors(Path(weights.of("ppo").folder))) and weights.of("ppo").version == 1
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
