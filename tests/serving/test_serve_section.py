@@ -8,6 +8,7 @@ import yaml
 
 from rayrlhf.cli import main
 from rayrlhf.config import Recipe, RecipeError, parse
+from rayrlhf.serving.weights import LiveWeights
 
 ONE = {"models": {"a": {"path": "somewhere"}}}
 
@@ -86,3 +87,29 @@ def test_a_model_without_safetensors_is_refused(
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     assert main(["serve", write(tmp_path, models={"a": {"path": str(tmp_path)}})]) == 2
     assert "nothing else is loaded" in capfd.readouterr().err
+
+
+def test_a_cluster_builds_the_endpoint_from_arguments(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Serve does with `import_path: rayrlhf.serving.openai:app` and its `args`."""
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from rayrlhf.serving.openai import app
+
+    monkeypatch.delenv("RAYRLHF_SERVE_TOKEN", raising=False)
+    recipe = write(tmp_path, models={"a": {"path": str(tiny_model)}}, replicas=2)
+    args = {"recipe": recipe, "overrides": ["serve.port=8001"]}
+    built = call_user_app_builder_with_args_if_necessary(app, args)
+    assert isinstance(built, Application)
+    assert (tmp_path / "run" / "serve" / "token").stat().st_mode & 0o777 == 0o600
+    live = LiveWeights(tmp_path / "run" / "serve").of("a")
+    assert (live.folder, live.version) == (str(tiny_model), 1)
+    for wrong in ({}, {"recipe": recipe, "receipt": 1}):
+        with pytest.raises(ValueError, match="rec"):
+            call_user_app_builder_with_args_if_necessary(app, wrong)
+    with pytest.raises(RecipeError, match="no section serve"):
+        call_user_app_builder_with_args_if_necessary(
+            app, {"recipe": recipe, "overrides": ["serve=null", "tokenizer.path=x"]}
+        )
