@@ -6,6 +6,7 @@ the rule and the fix; 1 anything else. The heavy libraries are imported after pa
 
 import argparse
 import importlib
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ COMMANDS = {
     "rounds": "iterate: judge the policy's answers, refit the reward model, go on with PPO",
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
+    "serve": "answer on an OpenAI-compatible endpoint, until Ctrl-C",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
     "plan": "say what memory, time and money a recipe takes, or write it for Kubernetes",
     "doctor": "check every node of a cluster before a run",
@@ -54,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"--{option}={given} compares results, which {args.command} has none of: "
                     "use it with `rayrlhf evaluate`"
                 )
-        recipe = run_dir.settle(load(args.recipe, args.overrides))
-        # People judge for days, and a run goes on meanwhile.
-        part = "label" if args.command == "label" else ""
+        recipe = run_dir.settle(load(*_recipe_of(args)))
+        # People judge and ask for days, and a run goes on meanwhile.
+        part = args.command if args.command in ("label", "serve") else ""
         with run_dir.held(recipe, part):
             log = recipe.path / part / "log.txt"
             with console.capture(log):
@@ -113,6 +115,16 @@ def _run(command: str, recipe: "Recipe") -> int:
 
         label(recipe)
         return 0
+    if command == "serve":
+        if recipe.serve is None:
+            raise RecipeError(
+                "the recipe has no section serve: add one with models, for example "
+                "serve: {models: {ppo: {path: runs/x/ppo/final}}}, or follow a stage with --follow"
+            )
+        from rayrlhf.serving.serve import serve_models
+
+        serve_models(recipe)
+        return 0
     stages = recipe.stages if command == "pipeline" else (command,)
     for stage in stages:
         if stage not in recipe.stages:
@@ -129,6 +141,24 @@ def _run(command: str, recipe: "Recipe") -> int:
             if needed:
                 _function(stage)(recipe)
     return 0
+
+
+def _recipe_of(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the recipe's path and its overrides; `--follow` names both by a stage's folder."""
+    if args.follow is None:
+        if args.recipe is None:
+            raise RecipeError(f"which recipe? rayrlhf {args.command} RECIPE, see configs/")
+        return args.recipe, args.overrides
+    if args.command != "serve":
+        raise RecipeError(
+            f"--follow={args.follow} names what to serve, and {args.command} serves nothing: use "
+            "it with `rayrlhf serve`"
+        )
+    stage = args.follow.absolute()
+    # The first word after --follow's own may be an override: there is no recipe to name.
+    overrides = [word for word in (args.recipe, *args.overrides) if word is not None]
+    own = [f"run_dir={json.dumps(str(stage.parent))}", f"serve.follow={stage.name}"]
+    return str(stage.parent / "recipe.yaml"), [*own, *overrides]
 
 
 def _compare(recipe: "Recipe", other: Path) -> None:
@@ -184,13 +214,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayrlhf",
         usage="rayrlhf COMMAND RECIPE [key.sub=value ...]",
         description="Train a GPT assistant the whole way on Ray: pretraining, SFT, reward model, "
-        "DPO, PPO, iterated RLHF, evaluation, labelling.",
+        "DPO, PPO, iterated RLHF, evaluation, labelling, serving.",
         epilog=f"commands:\n{commands}\n\nexample:\n"
         "  rayrlhf pipeline configs/quickstart.yaml ppo.steps=20",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help="see below")
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see configs/")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file, see configs/")
     parser.add_argument(
         "overrides", metavar="key.sub=value", nargs="*", help="change values of the recipe"
     )
@@ -206,6 +236,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         help="evaluate: also write means and intervals over this and other runs with other seeds",
+    )
+    parser.add_argument(
+        "--follow",
+        metavar="STAGE",
+        type=Path,
+        help="serve: the folder of a stage, runs/x/ppo, whose new checkpoints go live; the recipe "
+        "is that of the run",
     )
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser

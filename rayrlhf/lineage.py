@@ -30,6 +30,8 @@ BEGUN = "begun.json"
 """In the run directory: the hashes of what each stage read when it was begun."""
 CARD = "README.md"
 """The model card of a folder, which says when and by what it was made, and is no part of it."""
+MANIFEST = "manifest.json"
+"""In a checkpoint and in `final/`, written last: every file but the card with its size."""
 OUTPUTS = {
     "corpus": "corpus/manifest.json",
     "pretrain": "pretrain/final",
@@ -263,6 +265,19 @@ def _hash_outputs(recipe: Recipe, stage: str) -> dict[str, str]:
 
 def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Tell whether `folder` has a manifest and every file in it, in full length."""
+    root = Path(folder)
+    try:
+        sizes = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(
+        (root / name).is_file() and (root / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,7 +34,12 @@ def connect(recipe: Recipe) -> None:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False} if is_local() else {}
-    env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    env = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        # Serve kills a proxy that is not ready in 5 s, and on a busy machine none ever is.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    }
     ray.init(
         address=address,
         log_to_driver=False,

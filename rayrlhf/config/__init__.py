@@ -28,6 +28,7 @@ from rayrlhf.config.section import (
     RecipeError,
     Section,
 )
+from rayrlhf.config.serve import ServeConfig, ServedModel, ServeLimits
 from rayrlhf.config.training import (
     EarlyStopping,
     LoraConfig,
@@ -81,6 +82,9 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "Section",
+    "ServeConfig",
+    "ServeLimits",
+    "ServedModel",
     "SourceConfig",
     "StageConfig",
     "TokenizerConfig",

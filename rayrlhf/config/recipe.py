@@ -17,6 +17,7 @@ from rayrlhf.config.resources import ROLES, ResourcesConfig, Role
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rounds import RoundsConfig
 from rayrlhf.config.section import Section
+from rayrlhf.config.serve import ServeConfig
 from rayrlhf.config.sizes import fill
 from rayrlhf.config.training import PretrainConfig, SFTConfig, StageConfig
 
@@ -49,6 +50,8 @@ class Recipe(Section):
     evaluate: EvaluateConfig | None = None
     label: LabelConfig | None = None
     """No stage: `pipeline` leaves it to `rayrlhf label`, which runs as long as people judge."""
+    serve: ServeConfig | None = None
+    """No stage either: `rayrlhf serve` answers until it is stopped."""
 
     @property
     def path(self) -> Path:
@@ -134,7 +137,8 @@ class Recipe(Section):
                 "or set model.path to an existing model"
             )
         texts = (self.tokenizer.path, self.corpus, self.model.path)
-        if all(each is None for each in texts) and (self.stages or self.label is None):
+        stands_alone = self.label is not None or self.serve is not None
+        if all(each is None for each in texts) and (self.stages or not stands_alone):
             raise ValueError(
                 "there is no text to train a tokenizer on: add a corpus section, "
                 "or set tokenizer.path to an existing tokenizer"
@@ -154,6 +158,12 @@ class Recipe(Section):
             self._answers_fit(self.label)
         if self.resources.sequence_parallel > 1:
             self._sequences_split()
+        return self
+
+    @model_validator(mode="after")
+    def _served_names_differ(self) -> Self:
+        if self.serve is not None:
+            self.serve.check_names(self.name)
         return self
 
     def _rows_fit(self, corpus: CorpusConfig) -> None:

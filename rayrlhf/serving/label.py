@@ -6,9 +6,6 @@
 4 records   <run>/label/comparisons.jsonl and arena.comparisons.jsonl
 """
 
-import errno
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from rayrlhf.serving.answering import MAX_BATCH, ArenaModel
 from rayrlhf.serving.api import create_app
 from rayrlhf.serving.arena import Ask, Reply, Silent
 from rayrlhf.serving.database import Database
+from rayrlhf.serving.listening import close, listen, url, wait_for_port, watch
 from rayrlhf.serving.sampling import sample_items
 from rayrlhf.serving.sessions import VARIABLE, load_secret
 from rayrlhf.serving.store import Store
@@ -36,8 +34,6 @@ from rayrlhf.serving.store import Store
 FOLDER = "label"
 """Below the run directory."""
 PAGE_CPUS = 0.1
-PORT_S = 30.0
-"""How long a port that is still in use is waited for: that of a server killed just now."""
 
 
 @serve.ingress()
@@ -79,7 +75,7 @@ def label(recipe: Recipe) -> Path:
     folder = (recipe.path / FOLDER).absolute()
     secret, made = load_secret(folder)
     models = _models(cfg)
-    _wait_for_port(cfg)
+    wait_for_port("label", cfg.host, cfg.port)
     database = Database(cfg.database, folder)
     store = Store(database, claim_s=cfg.claim_s)
     _fill_queue(recipe, cfg, store, folder)  # 1
@@ -91,17 +87,14 @@ def label(recipe: Recipe) -> Path:
         wait_s=recipe.resources.wait_s,
         stage="label",
     )
-    _serve(cfg, _application(recipe, cfg, folder, secret, models), name)  # 2, 3
+    listen(_application(recipe, cfg, folder, secret, models), name, cfg.host, cfg.port)  # 2, 3
     _greet(cfg, folder, secret if made else None)
     try:
-        _watch(name)
+        watch("label", "the page", name)
     except KeyboardInterrupt:
         console.say(f"{'label':>9} closing the page")
     finally:
-        if session.is_local():
-            serve.shutdown()
-        else:
-            serve.delete(name)
+        close(name)
         export(store, folder)  # 4
         database.close()
     return folder
@@ -128,32 +121,6 @@ def _models(cfg: LabelConfig) -> dict[str, str]:
         except RecipeError as error:
             raise RecipeError(f"label.arena.models.{name}: {error}") from None
     return found
-
-
-def _wait_for_port(cfg: LabelConfig) -> None:
-    """Return when the port is free; raises RecipeError when it stays in use."""
-    until = time.monotonic() + PORT_S
-    while True:
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((cfg.host, cfg.port))
-                return
-        except OSError as error:
-            place = f"label.host={cfg.host}, label.port={cfg.port}"
-            if error.errno != errno.EADDRINUSE:
-                raise RecipeError(
-                    f"{place}: cannot listen there ({error.strerror}): set label.host to an "
-                    "address of this machine, such as 127.0.0.1, and another port"
-                ) from None
-            if not session.is_local():
-                return  # Serve of the cluster may listen there already, and then takes this page
-            if time.monotonic() > until:
-                raise RecipeError(
-                    f"{place}: another program listens there: stop it, or set label.port to "
-                    "another one"
-                ) from None
-            time.sleep(0.5)
 
 
 def _fill_queue(recipe: Recipe, cfg: LabelConfig, store: Store, folder: Path) -> None:
@@ -200,30 +167,10 @@ def _application(
     return page.bind(cfg, folder, secret, handles)
 
 
-def _serve(cfg: LabelConfig, application: serve.Application, name: str) -> None:
-    serve.start(
-        proxy_location="HeadOnly" if session.is_local() else "EveryNode",
-        http_options={"host": cfg.host, "port": cfg.port},
-    )
-    serve.run(application, name=name, route_prefix="/")
-
-
 def _greet(cfg: LabelConfig, folder: Path, made: str | None) -> None:
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    console.say(f"{'label':>9} http://{host}:{cfg.port}/  sign in as {', '.join(cfg.labellers)}")
+    console.say(f"{'label':>9} {url(cfg.host, cfg.port)}/  sign in as {', '.join(cfg.labellers)}")
     if made is not None:
         console.say(f"{'label':>9} secret for all of them, shown this once: {made}")
     else:
         console.say(f"{'label':>9} secret: that of {VARIABLE}, or the one in {folder / 'secret'}")
     console.say(f"{'label':>9} Ctrl-C closes the page and writes the comparisons")
-
-
-def _watch(name: str) -> None:
-    """Wait for Ctrl-C, and say when the page goes down or comes back."""
-    before = "RUNNING"
-    while True:
-        time.sleep(2)
-        state = serve.status().applications[name].status.value
-        if state != before:
-            console.warn(f"{'label':>9} the page is {state}")
-            before = state

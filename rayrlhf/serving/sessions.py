@@ -24,21 +24,21 @@ COOKIE_S = 30 * 24 * 3600
 """Seconds after which people sign in again."""
 
 
-def load_secret(folder: Path) -> tuple[str, bool]:
+def load_secret(folder: Path, variable: str = VARIABLE, file_name: str = FILE) -> tuple[str, bool]:
     """Return the secret, and whether it was made just now.
 
-    It is that of RAYRLHF_LABEL_SECRET, else the one in `folder`, which only its owner can read.
-    Raises RecipeError for one that is too short.
+    It is that of the environment variable, else the one in `folder`, which only its owner can
+    read. Raises RecipeError for one that is too short.
     """
-    given = os.environ.get(VARIABLE)
+    given = os.environ.get(variable)
     if given is not None:
         if len(given) < MIN_SECRET:
             raise RecipeError(
-                f"{VARIABLE} has {len(given)} characters, but fewer than {MIN_SECRET} can be "
+                f"{variable} has {len(given)} characters, but fewer than {MIN_SECRET} can be "
                 "guessed: set a longer one, or unset it to have one made"
             )
         return given, False
-    file = folder / FILE
+    file = folder / file_name
     if file.is_file():
         return file.read_text(encoding="utf-8").strip(), False
     made = secrets.token_urlsafe(18)

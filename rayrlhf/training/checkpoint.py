@@ -21,9 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rayrlhf.lineage import CARD
+from rayrlhf.lineage import CARD, MANIFEST, is_complete
 
-MANIFEST = "manifest.json"
 STATE_DIR = "training_state"
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -80,19 +79,6 @@ def commit(tmp: Path, keep: int | None = None, best: int | None = None) -> Path:
             if step_of(old) != best:
                 remove(old)
     return place
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Tell whether `folder` has a manifest and every file in it, in full length."""
-    root = Path(folder)
-    try:
-        sizes = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (root / name).is_file() and (root / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
 
 
 def newest_checkpoint(stage_dir: str | Path) -> Path | None:

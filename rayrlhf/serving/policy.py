@@ -1,0 +1,130 @@
+"""The deployments behind the endpoint: a policy on its engine, and a reward model.
+
+Each is one replica. When it dies, Ray Serve starts it again, and it loads what is live.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import serve
+from transformers import AutoTokenizer
+
+from rayrlhf.config import ServeConfig
+from rayrlhf.data.tokenizer import encode_text
+from rayrlhf.evaluation.judges import RewardJudge
+from rayrlhf.models.scalar_head import ScalarHeadModel
+from rayrlhf.serving.answers import Answer, Kind
+from rayrlhf.serving.engine import OpenAIEngine
+from rayrlhf.serving.weights import Live, LiveWeights
+
+LOOK_S = 0.1
+MAX_BATCH = 16
+"""Requests to the reward model that are scored together."""
+TOKENS_PER_BATCH = 4096
+"""Of the reward model's forward passes, padding included."""
+
+
+class Policy:
+    """One model that answers in OpenAI's form."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: str, cfg: ServeConfig, folder: Path, gpus: float
+    ) -> None:
+        """Load what `model` has live by the records in `folder`; `gpus` are this replica's."""
+        live = LiveWeights(folder).of(model)
+        self._engine = await OpenAIEngine.start(model, live, cfg, gpus=gpus)
+
+    async def answer(self, kind: Kind, body: dict[str, Any]) -> Answer:
+        """Answer a request that is not streamed."""
+        return await self._engine.answer(kind, body)
+
+    async def stream(self, kind: Kind, body: dict[str, Any]) -> AsyncIterator[Answer | str]:
+        """Yield an Answer without a body, or the error, and then events."""
+        async for item in self._engine.stream(kind, body):
+            yield item
+
+    async def load(self, live: Live, wait_s: float) -> str:
+        """Replace the weights between two answers; return the version's name."""
+        return await self._engine.load(live, wait_s)
+
+    async def watch(self) -> AsyncIterator[str]:
+        """Yield the version's name at once, and again when it changes, for ever.
+
+        Raises RuntimeError when the engine is not healthy.
+        """
+        known = ""
+        while True:
+            self.check_health()
+            if self._engine.version != known:
+                known = self._engine.version
+                yield known
+            await asyncio.sleep(LOOK_S)
+
+    async def give_up(self) -> None:
+        """Let Serve start this replica again."""
+        self._engine.give_up()
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when Serve should start this replica again."""
+        if not self._engine.is_healthy:
+            raise RuntimeError("the engine is dead, or broke off while it loaded new weights")
+
+    def __del__(self) -> None:
+        self._engine.close()
+
+
+class Scorer:
+    """A reward model that scores responses."""
+
+    def __init__(self, folder: str, num_threads: int) -> None:
+        """Load a folder that `rayrlhf reward` wrote."""
+        torch.set_num_threads(num_threads)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = ScalarHeadModel.from_pretrained(folder)
+        self._room = int(model.config.to_dict().get("max_position_embeddings", 1 << 30))
+        self._judge = RewardJudge(
+            model,
+            eos_id=self._tokenizer.eos_token_id,
+            tokens_per_batch=TOKENS_PER_BATCH,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.005)
+    async def score(
+        self, prompts: list[str], responses: list[list[str]]
+    ) -> list[list[float] | str]:
+        """Return the score of each response to a prompt, or what is wrong with them."""
+        return await asyncio.to_thread(self._score, prompts, responses)
+
+    async def watch(self) -> AsyncIterator[str]:
+        """Yield a name at once, and never end."""
+        yield "reward"
+        await asyncio.Event().wait()
+
+    def _score(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+    ) -> list[list[float] | str]:
+        rows = [self._encode(*pair) for pair in zip(prompts, responses, strict=True)]
+        faults = [self._fault(each) for each in rows]
+        fit = [ids for each, fault in zip(rows, faults, strict=True) if not fault for ids in each]
+        scores = iter(self._judge.score_ids(fit).tolist() if fit else [])
+        return [
+            fault or [next(scores) for _ in each] for each, fault in zip(rows, faults, strict=True)
+        ]
+
+    def _encode(self, prompt: str, responses: Sequence[str]) -> list[list[int]]:
+        """Return the token ids as the reward model was trained on them."""
+        before, end = encode_text(self._tokenizer, prompt), self._tokenizer.eos_token_id
+        return [[*before, *encode_text(self._tokenizer, text), end] for text in responses]
+
+    def _fault(self, rows: Sequence[list[int]]) -> str:
+        longest = max(len(ids) for ids in rows)
+        if longest <= self._room:
+            return ""
+        return (
+            f"prompt and response have {longest} tokens, and the reward model reads "
+            f"{self._room}: shorten them"
+        )
