@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "compare the stages and write report.html",
     "label": "open a page on which people rank completions and vote between models",
     "pipeline": "run every stage the recipe has; skip what is complete and unchanged",
+    "plan": "say what memory, time and money the recipe takes, and whether it fits a cluster",
 }
 
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--against={args.against} compares results, which {args.command} has none of: "
                 "use it with `rayrlhf evaluate`"
             )
+        _check_options(args)
+        if args.command == "plan":
+            return _plan(args)
         recipe = run_dir.settle(load(args.recipe, args.overrides))
         # People judge for days, and a run goes on meanwhile.
         part = "label" if args.command == "label" else ""
@@ -67,6 +71,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log is not None:
             _keep_traceback(log)
         return 1
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise RecipeError for an option of `plan` with another command, or with one it excludes."""
+    options = {
+        "--cluster": args.cluster,
+        "--address": args.address,
+        "--price": args.price,
+        "--probe": args.probe or None,
+        "--simulate": args.simulate,
+    }
+    given = [name if value is True else f"{name}={value}" for name, value in options.items()]
+    given = [text for text, value in zip(given, options.values(), strict=True) if value is not None]
+    if given and args.command != "plan":
+        raise RecipeError(
+            f"{given[0]} says what a plan is made for, and {args.command} runs on the cluster that "
+            "RAY_ADDRESS names: use it with `rayrlhf plan`"
+        )
+    if args.cluster is not None and args.address is not None:
+        raise RecipeError(
+            f"--cluster={args.cluster} and --address={args.address} both name a cluster: keep one"
+        )
+    if args.probe and (args.cluster is not None or args.address is not None):
+        raise RecipeError(
+            "--probe measures the device at hand, which is not the cluster that is planned for: "
+            "take out --probe, or --cluster and --address"
+        )
+    if args.price is not None and args.price < 0:
+        raise RecipeError(f"--price={args.price:g}: US dollars per device and hour are 0 or more")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print the plan; it neither takes the run directory nor writes a log there."""
+    from rayrlhf.planning.command import cluster_of, measured, plan
+
+    recipe = load(args.recipe, args.overrides)
+    cluster = cluster_of(args.cluster, args.address).priced(args.price)
+    rates = measured(recipe) if args.probe else None
+    plan(recipe, cluster, rates=rates, simulation=args.simulate)
+    return 0
 
 
 def _keep_traceback(log: Path) -> None:
@@ -180,8 +224,37 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="evaluate: also write the differences to the results of another run's folder",
     )
+    _add_plan_options(parser)
     parser.add_argument("--version", action="version", version=f"rayrlhf {__version__}")
     return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        metavar="NxMxDEVICE",
+        help="plan: for N nodes of M devices, such as 8x8xH100; default: this machine",
+    )
+    parser.add_argument(
+        "--address", metavar="ADDR", help="plan: for the nodes of the Ray cluster at ADDR"
+    )
+    parser.add_argument(
+        "--price", metavar="USD", type=float, help="plan: what a device costs an hour"
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="plan: measure one layer of the model on this machine first, in half a minute",
+    )
+    parser.add_argument(
+        "--simulate",
+        metavar="PNG",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        help="plan: also simulate the run on 1 to 4,096 GPUs, and plot throughput and lost work; "
+        "default: plan.png in the run directory",
+    )
 
 
 assert set(STAGES) < set(COMMANDS)

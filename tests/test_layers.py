@@ -15,7 +15,7 @@ ORDER = (
     ("data", "models", "generation"),
     ("training", "evaluation"),
     ("rl",),
-    ("serving",),
+    ("serving", "planning"),
     ("pipeline",),
     ("rounds",),
     ("cli",),
@@ -36,6 +36,7 @@ NEVER = {
     "evaluation": {"ray", "rayrlhf.training.loop", "rayrlhf.rl"},
     "rl": {"vllm", "ray.serve", "rayrlhf.cli"},
     "serving": {"rayrlhf.training", "rayrlhf.rl", "vllm"},
+    "planning": {"ray.serve", "transformers", "vllm"},
 }
 # These import nothing of rayrlhf but themselves.
 ALONE = {"config", "metrics", "algorithms"}
@@ -132,3 +133,24 @@ def test_what_other_processes_import_first_is_light() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.rstrip() == "[]"
+
+
+def test_a_plan_needs_no_torch() -> None:
+    """All of it but the probe, so that a plan is there at once, on any machine."""
+    code = (
+        "import sys; from rayrlhf.cli import main\n"
+        "main(['plan', 'configs/llama-3.1-8b.yaml', '--cluster', '1x8xH100'])\n"
+        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    before = os.times()
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = os.times()
+    assert said.stdout.rstrip().endswith("[]")
+    user, system = "children_user", "children_system"
+    assert sum(getattr(after, key) - getattr(before, key) for key in (user, system)) < 2.0
