@@ -77,10 +77,8 @@ def _trained_work(
     assert cfg is not None
     ranks = recipe.resources.role(role).num_workers
     rows = max(1, cfg.minibatch_size // ranks)
-    totals = [round(found.prompt) + response for response in found.responses(rows)]
     budget = training.tokens_per_microbatch
-    groups = microbatches(totals, budget, min_fill=MIN_FILL)
-    padded = [len(group) * totals[group[0]] for group in groups]
+    padded = _padded(found, rows, budget)
     if training.backend == "fsdp" or training.zero_stage == 3:
         tokens = max(padded)  # one graph is kept, see rl/ranks.py
     else:
@@ -95,11 +93,18 @@ def _trained_work(
         ranks,
         tokens,
         outputs,
-        len(groups) * (2 if role == "actor" and cfg.ptx_coef > 0 else 1),
+        len(padded) * (2 if role == "actor" and cfg.ptx_coef > 0 else 1),
         device,
         scalar=role == "critic",
         lora=cfg.lora_of(role),
     )
+
+
+def _padded(found: Lengths, rows: int, budget: int) -> list[int]:
+    """Return the tokens, padding included, of the micro-batches that `rows` responses make."""
+    totals = [round(found.prompt) + response for response in found.responses(rows)]
+    groups = microbatches(totals, budget, min_fill=MIN_FILL)
+    return [len(group) * totals[group[0]] for group in groups]
 
 
 def _inference_work(
@@ -113,7 +118,7 @@ def _inference_work(
     else:
         rows = -(-cfg.num_responses // resources.reward.num_workers)
     longest = round(found.prompt) + found.longest_response
-    tokens = max(min(training.tokens_per_microbatch, rows * found.total), longest)
+    tokens = max(*_padded(found, rows, training.tokens_per_microbatch), longest)
     outputs = tokens * found.response / found.total
     return Work(1, tokens, outputs, 1, device, scalar=role == "reward")
 
