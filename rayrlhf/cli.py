@@ -35,7 +35,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    # Overrides may follow options, too.
+    args = _parser().parse_intermixed_args(argv)
     log: Path | None = None
     try:
         if args.against is not None and args.command != "evaluate":

@@ -2,21 +2,25 @@
 
 A change is a few overrides, as on the command line. Those for memory are tried from the smallest
 to the largest, by what they cost: those that only change how something is computed come before
-those that take more devices, and LoRA, which trains another model, comes last. Pairs are tried
-where no single one fits.
+those that take more devices, and LoRA, which trains another model, comes last. Where no single one
+is enough, pairs are tried of those that save something.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 from rayrlhf.config import Recipe, RecipeError, parse
 from rayrlhf.planning.devices import Cluster
-from rayrlhf.planning.estimate import Estimate, estimate
+from rayrlhf.planning.estimate import Estimate, estimate, shortfalls_of
+from rayrlhf.planning.fit import Shortfall
 from rayrlhf.planning.speed import Rates
 
 Change = tuple[tuple[str, Any], ...]
 """(key, value) of overrides."""
+MOST_PAIRS = 100
+"""Pairs of changes that are tried: the answer is there within a second."""
 SMALLEST_GAIN = 0.03
 """Of the step's time, from which a change is worth a line."""
 TRAINED_ROLES = ("actor", "critic")
@@ -45,22 +49,35 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
     return parse(tree)
 
 
-def that_fits(now: Estimate) -> tuple[Change, Estimate] | None:
-    """Return the smallest change with which the recipe fits, and what then is; None: none does."""
+def that_fits(now: Estimate) -> Change | None:
+    """Return the smallest change with which the recipe fits; None: none that is tried does."""
     blamed = [short.who for short in now.shortfalls]
-    singles = list(_for_memory(now.recipe, now.cluster, blamed))
-    for change in singles:
-        found = _tried(now.recipe, now.cluster, change)
-        if found is not None and not found.shortfalls:
-            return change, found
-    for pair in combinations(singles, 2):
-        keys = [key for change in pair for key, _ in change]
-        if len(set(keys)) < len(keys):
-            continue
-        found = _tried(now.recipe, now.cluster, pair[0] + pair[1])
-        if found is not None and not found.shortfalls:
-            return pair[0] + pair[1], found
+    missing = _missing(now.shortfalls)
+    halves: list[Change] = []
+    for change in _for_memory(now.recipe, now.cluster, blamed):
+        left = _left(now.recipe, now.cluster, change)
+        if left == 0:
+            return change
+        if left < missing:
+            halves.append(change)
+    for first, second in islice(combinations(halves, 2), MOST_PAIRS):
+        keys = [key for key, _ in first + second]
+        if len(set(keys)) == len(keys) and _left(now.recipe, now.cluster, first + second) == 0:
+            return first + second
     return None
+
+
+def _left(recipe: Recipe, cluster: Cluster, change: Change) -> float:
+    """Return the bytes that are missing with a change; infinity where it is refused."""
+    try:
+        other = changed(recipe, change)
+        return _missing(shortfalls_of(other, cluster))
+    except RecipeError:
+        return math.inf
+
+
+def _missing(shortfalls: Sequence[Shortfall]) -> float:
+    return sum(short.missing for short in shortfalls)
 
 
 def that_helps(now: Estimate, rates: Rates | None = None) -> tuple[Change, Estimate] | None:

@@ -28,6 +28,13 @@ class Estimate:
     stage_steps: Mapping[str, StepTime]
 
 
+def shortfalls_of(recipe: Recipe, cluster: Cluster) -> list[Shortfall]:
+    """Return what is missing, without the times; raises RecipeError as `estimate` does."""
+    fit.check_placement(recipe, cluster)
+    roles = {} if recipe.ppo is None else needs.of_ppo(recipe, cluster.device)[0]
+    return fit.shortfalls(recipe, cluster, roles, needs.of_stages(recipe, cluster.device))
+
+
 def estimate(recipe: Recipe, cluster: Cluster, rates: Rates | None = None) -> Estimate:
     """Return the estimate; `rates` are measured ones.
 

@@ -172,8 +172,9 @@ def activations(shape: Shape, precision: Precision, tokens: float, *, checkpoint
 def logits(shape: Shape, precision: Precision, outputs: float, *, on_gpu: bool) -> float:
     """Return what the output layer takes of `outputs` tokens."""
     rows = min(outputs, max(1, LOGITS_BYTES // (4 * shape.vocab_size)))
-    block = min(rows * shape.vocab_size, 2**27 if on_gpu else 2**18)
-    return rows * shape.vocab_size * width(precision) + 4 * block
+    # A block's reduction in float32: one kernel on a GPU, four tensors on a CPU.
+    block = 4 * min(rows * shape.vocab_size, 2**27) if on_gpu else 16 * 2**18
+    return rows * shape.vocab_size * width(precision) + block
 
 
 def trained(shape: Shape, cfg: TrainingConfig, work: Work) -> Memory:
@@ -271,7 +272,7 @@ def inference(shapes: tuple[Shape, ...], cfg: TrainingConfig, work: Work) -> Mem
     weights = sum(float(b) * shape.params(scalar=work.scalar) for shape in shapes)
     passing = outputs = 0.0
     for shape in shapes:
-        wide = 3 * shape.intermediate_size + 3 * shape.hidden_size + 2 * shape.attention_width
+        wide = 3 * shape.intermediate_size + 2 * shape.hidden_size
         cast = 2 * shape.layer_matrices if precision == "autocast" else 0
         passing = max(passing, width(precision) * wide * work.tokens + cast)
         if not work.scalar:

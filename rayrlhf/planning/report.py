@@ -106,13 +106,13 @@ def change_line(change: Change, before: Estimate, after: Estimate) -> str:
     )
 
 
-def refusal(now: Estimate, change: tuple[Change, Estimate] | None) -> RecipeError:
+def refusal(now: Estimate, change: Change | None) -> RecipeError:
     """Return the error of a recipe that does not fit: role, device, bytes missing, the change."""
     worst: Shortfall = now.shortfalls[0]
     others = sorted({short.who for short in now.shortfalls[1:]} - {worst.who})
     more = f" (and {', '.join(others)})" if others else ""
     fix = (
-        f"smallest change that fits: {written(change[0])}"
+        f"smallest change that fits: {written(change)}"
         if change is not None
         else "no single change that plan knows, nor two of them, make it fit: take a smaller "
         "model, larger devices, or more of them"

@@ -263,7 +263,8 @@ def stage_step(
     comm = _comm_s(need, cluster, cfg, need.micros, updates=1)
     seconds = _overlapped(compute, comm) + _optimizer_s(need, cfg, own)
     if not need.device.is_gpu:
-        seconds = max(seconds, seconds * ranks * threads / cluster.num_devices)
+        cores = cluster.num_nodes * cluster.num_cpus
+        seconds = max(seconds, seconds * ranks * threads / cores)
     phase = f"step {stage}"
     return StepTime({"step": seconds + own.call_s}, {phase: seconds}, need.tokens)
 
