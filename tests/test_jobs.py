@@ -18,7 +18,7 @@ from tests.two_nodes import NAMES, ROOT, LocalCluster, Submitted, free_ports, tw
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = ("corpus", "pretrain", "sft", "reward", "dpo", "ppo", "rounds", "evaluate")
-OTHERS = ("data", "doctor", "label", "pipeline", "scaling_law")
+OTHERS = ("data", "doctor", "label", "pipeline", "plan", "scaling_law", "serve")
 PRETRAINING_STEPS = 300
 ON_BOTH = ("resources.num_workers=2", "resources.cpus_per_worker=1")
 """A worker takes all of a node: two of them are on two."""
@@ -162,10 +162,30 @@ def test_the_labelling_page_is_open_until_its_job_is_stopped(
     until(lambda: not is_open(port), "the page stays open", 30)
 
 
-def is_open(port: int) -> bool:
-    address = f"http://127.0.0.1:{port}/"
+def test_the_endpoint_answers_until_its_job_is_stopped(
+    cluster: LocalCluster, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    model = finished[0].parent / "run" / "sft" / "final"
+    section = f"serve={{models: {{sft: {{path: {model}}}}}, port: {port}, memory_gib: 0.02}}"
+    done = cluster.submit("serve", finished[0], f"run_dir={tmp_path}", section, wait=False)
+    until(lambda: is_open(port, "healthz", b""), "the endpoint does not open")
+    job = done.info["submission_id"]
+    assert cluster.status(job) == "RUNNING"
+    assert cluster.ray("job", "stop", job).returncode == 0
+    assert cluster.status(job) == "STOPPED"
+    until(lambda: not is_open(port, "healthz", b""), "the endpoint stays open", 30)
+
+
+def test_a_plan_is_a_job(cluster: LocalCluster, finished: tuple[Path, str]) -> None:
+    done = succeeded(cluster.submit("plan", finished[0], "--address", cluster.address))
+    assert f"{yaml.safe_load(finished[0].read_text())['name']} on" in done.output
+
+
+def is_open(port: int, path: str = "", says: bytes = b"<html") -> bool:
+    address = f"http://127.0.0.1:{port}/{path}"
     with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as page:
-        return b"<html" in page.read()
+        return says in page.read()
     return False
 
 

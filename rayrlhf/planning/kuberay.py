@@ -115,18 +115,21 @@ def render(
 def serving(recipe: Recipe) -> list[str] | None:
     """Return the overrides that have a recipe's result served; None where nothing answers prompts.
 
-    The newest policy answers, beside the reward model that trained it.
+    What the recipe's own section `serve` says, or else: the newest policy answers, beside the
+    reward model that trained it.
     """
     last = [stage for stage in ("pretrain", "sft", "dpo", "ppo") if stage in recipe.stages]
-    if not last:
-        return None
     folder = recipe.path
-    chosen = [f"serve.follow={last[-1]}"]
-    if recipe.rounds is not None:
-        folder = recipe.path / lineage.round_folder(recipe.rounds.num_rounds)
-        chosen = [f"serve.models={{rounds: {{path: {folder / lineage.OUTPUTS['ppo']}}}}}"]
-    if "reward" in recipe.stages:
-        chosen.append(f"serve.reward={folder / lineage.OUTPUTS['reward']}")
+    chosen: list[str] = []
+    if recipe.serve is None:
+        if not last:
+            return None
+        chosen = [f"serve.follow={last[-1]}"]
+        if recipe.rounds is not None:
+            folder = recipe.path / lineage.round_folder(recipe.rounds.num_rounds)
+            chosen = [f"serve.models={{rounds: {{path: {folder / lineage.OUTPUTS['ppo']}}}}}"]
+        if "reward" in recipe.stages:
+            chosen.append(f"serve.reward={folder / lineage.OUTPUTS['reward']}")
     if on_gpu(recipe) and not recipe.resources.rollout.gpus:
         chosen.append("resources.rollout.gpus=1")
     return chosen
@@ -249,15 +252,18 @@ def _service(recipe: Recipe, overrides: Sequence[str], image: str, node: Node) -
 
 
 def _serving_groups(recipe: Recipe, node: Node) -> list[Group]:
-    """Return pods for the engines, as many as PPO has at most, and for the reward model.
+    """Return pods for the engines, and for the reward model.
 
+    As many as the section `serve` has engines, or else at most as many as PPO has, from one on.
     The reward model is beside an engine where a node holds both, and else on a pod of its own.
     """
     engine, scorer = recipe.resources.rollout, recipe.resources.reward
-    most = max(1, engine.num_workers)
+    most, scored = max(1, engine.num_workers), "reward" in recipe.stages
+    if recipe.serve is not None:
+        most, scored = len(recipe.serve.shares) * recipe.serve.replicas, bool(recipe.serve.reward)
     if not on_gpu(recipe):
         return [Group("cpu", HEAD_CPUS, 0, HEAD_GIB, 1, most, 1)]
-    scores = scorer.gpus if "reward" in recipe.stages else 0
+    scores = scorer.gpus if scored else 0
     gpus = math.ceil((engine.gpus or 1) + scores - 1e-6)
     least = 1
     if gpus > node.gpus:

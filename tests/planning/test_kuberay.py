@@ -178,6 +178,7 @@ def test_the_service_waits_for_its_model() -> None:
         ("corpus/llama-mixture", [], None),
         ("instructgpt-sft", [], ["serve.follow=sft", "resources.rollout.gpus=1"]),
         ("quickstart", ["ppo=null"], ["serve.follow=dpo", "serve.reward=runs/x/reward/final"]),
+        ("quickstart", ["serve.follow=sft"], []),
         (
             "rounds",
             [],
@@ -190,7 +191,19 @@ def test_the_service_waits_for_its_model() -> None:
 )
 def test_what_is_served(file: str, overrides: list[str], expected: list[str] | None) -> None:
     recipe = load(ROOT / "configs" / f"{file}.yaml", [*overrides, "run_dir=runs/x"])
-    assert serving(recipe) == expected
+    found = serving(recipe)
+    assert found == expected
+    if found is not None:  # they are what `rayrlhf serve` takes
+        served = load(ROOT / "configs" / f"{file}.yaml", [*overrides, *found]).serve
+        assert served is not None and served.shares
+
+
+def test_a_serve_section_says_how_many_pods_answer() -> None:
+    section = "serve={models: {a: {path: x}, b: {path: y}}, replicas: 3}"
+    recipe = load(ROOT / "configs" / "quickstart.yaml", [section])
+    (service,) = of_kind(documents(render(recipe)), "RayService")
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (1, 6)
 
 
 @pytest.mark.parametrize("overrides", [[], ON_GPUS], ids=["cpu", "gpu"])
