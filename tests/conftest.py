@@ -27,6 +27,9 @@ SENTENCES = (
 )
 
 
+FINISHED = ("tests/test_end_to_end.py", "tests/test_jobs.py")
+
+
 def _starts_ray(file: Path) -> bool:
     return "mark.ray" in file.read_text(encoding="utf-8")
 
@@ -39,12 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one process of pytest-xdist as a whole, for the fixtures of its module."""
+    """Give each file to one process of pytest-xdist as a whole, for the fixtures of its module.
+
+    Those that look at one finished run, which takes minutes, go to the same process.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return "finished" if file in FINISHED else file
 
     config.option.loadscopereorder = False  # else the files with the most tests would be first
     return ByFile(config, log)
