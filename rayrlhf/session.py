@@ -63,7 +63,7 @@ def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") ->
     resource and, where it is registered but in use, who holds it.
     """
     has_asked = False
-    started = time.monotonic()
+    started = next_ask = time.monotonic()
     # What the stage before held is released in a moment: no line for that.
     next_line = started if wait_s > 0 else started + 3
     try:
@@ -77,12 +77,16 @@ def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") ->
                     bundles, list(nodes.values()), [free.get(node, {}) for node in nodes]
                 )
                 left_s = max(left_s, started + RELEASE_S - time.monotonic())
-            elif left_s > 0 and not has_asked:
-                # Nothing else does: an actor that waits for its place comes after this check.
-                request_resources(bundles=_positive(bundles))
-                has_asked = True
+                used = [_less(node, free.get(key, {})) for key, node in nodes.items()]
+            else:
+                used = []
             if missing is None:
                 return
+            if wait_s > 0 and left_s > 0 and time.monotonic() >= next_ask:
+                # Nothing else does: an actor that waits for its place comes after this check. Ray
+                # takes a request for all that there is to be, and forgets it for another job's.
+                request_resources(bundles=_positive([*bundles, *used]))
+                has_asked, next_ask = True, time.monotonic() + LINE_EVERY_S
             if left_s <= 0:
                 raise RecipeError(f"{stage}: {missing}")
             if time.monotonic() >= next_line:
@@ -94,8 +98,13 @@ def require(bundles: Sequence[Bundle], *, wait_s: float = 0, stage: str = "") ->
             request_resources(bundles=[])
 
 
+def _less(node: Bundle, free: Bundle) -> Bundle:
+    return {name: node[name] - free.get(name, 0) for name in ("CPU", "GPU") if name in node}
+
+
 def _positive(bundles: Sequence[Bundle]) -> list[dict[str, float]]:
-    return [{name: amount for name, amount in each.items() if amount > 0} for each in bundles]
+    found = [{name: amount for name, amount in each.items() if amount > 0} for each in bundles]
+    return [each for each in found if each]
 
 
 def in_use(

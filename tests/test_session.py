@@ -186,6 +186,25 @@ def test_an_autoscaler_is_asked_once_and_no_longer(
     assert asked == [[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}], []]
 
 
+def test_an_autoscaler_is_asked_for_what_others_use_besides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray takes a request for all that there is to be; another job's request makes it forget."""
+    asked: list[list[dict[str, float]]] = []
+    nodes = [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0, "GPU": 8.0}}]
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
+    free = {"a": {"CPU": 3.0, "GPU": 2.0}}
+    monkeypatch.setattr(session.ray_state, "available_resources_per_node", lambda: free)
+    monkeypatch.setattr(session, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(session, "_holders", lambda: "others")
+    monkeypatch.setattr(session, "RELEASE_S", 0.0)
+    monkeypatch.setattr(session, "LINE_EVERY_S", 0.3)
+    with pytest.raises(RecipeError, match=r"4 GPU asked for, 2 of 8 free"):
+        session.require([{"GPU": 4.0}], wait_s=1.2, stage="ppo")
+    assert len(asked) >= 3 and asked[-1] == []
+    assert all(each == [{"GPU": 4.0}, {"CPU": 1.0, "GPU": 6.0}] for each in asked[:-1])
+
+
 def test_no_autoscaler_is_asked_without_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(session.ray, "nodes", list)

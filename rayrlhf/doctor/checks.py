@@ -45,7 +45,11 @@ def versions(
     install = INSTALL.format(kind)
     found = []
     for node, theirs in facts.items():
-        wrong = [f"{n} {v or 'missing'}, here {here[n]}" for n, v in theirs.items() if v != here[n]]
+        wrong = [
+            f"{name} {version or 'missing'}, here {here.get(name)}"
+            for name, version in theirs.items()
+            if version != here.get(name)
+        ]
         if wrong:
             found.append(fail("versions", "; ".join(wrong), f"on that node: {install}", node))
         else:
@@ -346,7 +350,7 @@ def ports(
                 own.append(f"{port} ({what}) is Ray's own")
                 continue
             fix = f"end it, or give {what} another port: {OTHER_PORT[what]}"
-            kind = fail if what == "Serve" else warn
+            kind = fail if what in ("Serve", "endpoint") else warn
             found.append(kind("ports", f"{port} ({what}) is taken by {who}", fix, node))
         if free or own:
             value = "; ".join([*([f"{', '.join(free)} free"] if free else []), *own])
@@ -358,6 +362,7 @@ RAYS_OWN = ("gcs_server", "ray::", "ray/dashboard", "haproxy")
 """In the command lines of Ray's processes."""
 OTHER_PORT = {
     "Serve": "label.port=8001",
+    "endpoint": "serve.port=8001",
     "dashboard": "ray start --dashboard-port=8266",
     "Ray": "ray start --port=6380",
 }

@@ -30,8 +30,8 @@ ASK = (
     "import sys, ray\n"
     "print(len(ray._raylet.GcsClient(address=sys.argv[1]).get_all_node_info(timeout=8)))"
 )
-EXPECTED_END = 1
-"""Ray's code for a node that was ended as it should be."""
+EXPECTED_ENDS = (1, 4)
+"""Ray's codes for a node that was ended as it should be, or that an autoscaler did not need."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def listed(table: list[dict[str, Any]]) -> tuple[list[Node], dict[str, str]]:
         _name(each, table): each["DeathReasonMessage"] or "for no reason that Ray knows"
         for each in table
         if not each["Alive"]
-        and each["DeathReason"] != EXPECTED_END
+        and each["DeathReason"] not in EXPECTED_ENDS
         and each["NodeName"] not in [other["NodeName"] for other in alive]
     }
     return sorted(nodes, key=lambda node: (not node.is_head, node.name)), dead

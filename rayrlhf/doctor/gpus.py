@@ -110,7 +110,7 @@ def _cuda(node: str, driver: str, torch: str | None) -> list[Finding]:
     """A driver runs what was built for its major version of CUDA or an earlier one."""
     if torch is None:
         fix = "pip install --no-deps -r requirements/gpu.txt there"
-        return [fail("gpu", "torch is a build for CPUs", fix, node)]
+        return [warn("gpu", "torch is a build for CPUs, and this machine has a GPU", fix, node)]
     if not driver or int(driver.partition(".")[0]) >= int(torch.partition(".")[0]):
         return []
     value = f"the driver is for CUDA {driver}, torch for CUDA {torch}"

@@ -29,11 +29,11 @@ def resources(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> list[Find
                 else recipe.resources.bundles(stage)
             )
         except RecipeError as error:
-            found.append(_short(str(error)))
+            found.append(_short(str(error), recipe.resources.wait_s))
             continue
         missing = session.shortage(bundles, nodes)
         if missing is not None:
-            found.append(_short(f"{stage}: {missing}"))
+            found.append(_short(f"{stage}: {missing}", recipe.resources.wait_s))
             continue
         busy = session.in_use(bundles, list(alive.values()), [free.get(node, {}) for node in alive])
         asked = ", ".join(
@@ -49,10 +49,11 @@ def resources(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> list[Find
     return found
 
 
-def _short(text: str) -> Finding:
-    """Split a shortage into what is missing and what to do."""
+def _short(text: str, wait_s: float) -> Finding:
+    """Split a shortage into what is missing and what to do; an autoscaler may still bring it."""
     value, _, fix = text.rpartition(": ")
-    return fail("resources", value, fix)
+    kind = warn if wait_s > 0 else fail
+    return kind("resources", value, fix)
 
 
 def paths(recipe: Recipe) -> dict[str, str]:
@@ -74,7 +75,7 @@ def paths(recipe: Recipe) -> dict[str, str]:
         path = Path(name)
         if any(letter in name for letter in "*?["):
             path = Path(next(p for p in path.parents if not any(c in str(p) for c in "*?[")))
-        is_of_a_hub = name.count("/") == 1 and not path.is_absolute() and not path.exists()
+        is_of_a_hub = name.count("/") <= 1 and not path.is_absolute() and not path.exists()
         is_written_here = path.absolute().is_relative_to(recipe.path.absolute())
         if not (
             is_written_here or (is_of_a_hub and "." not in key.partition(".")[2] and key in _MODELS)

@@ -38,7 +38,7 @@ SERVE_PORT, DASHBOARD_PORT, RAY_PORT = 8000, 8265, 6379
 
 def main(words: Sequence[str]) -> int:
     """Run `rayrlhf doctor WORDS`; return 0 without a fail, 1 with one. Raises RecipeError."""
-    args = _parser().parse_args(words)
+    args = _parser().parse_intermixed_args(words)
     recipe = run_dir.settle(load(args.recipe, args.overrides)) if args.recipe else None
     began = time.monotonic()
     found: list[Finding] = []
@@ -117,8 +117,11 @@ def _machines(
 
 def _ports(node: Node, recipe: "Recipe | None", is_local: bool) -> dict[int, str]:
     """Return the ports that should be free on a node, or Ray's own, and what for."""
-    serve = recipe.label.port if recipe is not None and recipe.label is not None else SERVE_PORT
-    wanted = {serve: "Serve"}
+    wanted = {SERVE_PORT: "Serve"}
+    if recipe is not None and (recipe.label is not None or recipe.serve is not None):
+        wanted = {recipe.label.port: "Serve"} if recipe.label is not None else {}
+        if recipe.serve is not None:
+            wanted[recipe.serve.port] = "endpoint"
     if node.is_head:
         wanted[DASHBOARD_PORT] = "dashboard"
         if is_local:
@@ -136,7 +139,10 @@ def _network(
     if len(cluster.nodes) > 1:
         yield _ring(cluster)
     yield _collective(cluster, "gloo", {node.name: 1 for node in cluster.nodes})
-    num_gpus = {name: gpus.count(each["smi"]) for name, each in devices.values.items()}
+    num_gpus = {
+        name: gpus.count(each["smi"]) if each["cuda"] else 0
+        for name, each in devices.values.items()
+    }
     if any(num_gpus.values()):
         yield _collective(cluster, "nccl", num_gpus)
 

@@ -145,7 +145,12 @@ def of_nodes(address: str, nodes: Sequence[Mapping[str, float]]) -> Cluster:
     RecipeError for a GPU that the table lacks.
     """
     most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
-    like = [node for node in nodes if node.get("GPU", 0) == most.get("GPU", 0)]
+    like = [
+        node
+        for node in nodes
+        if node.get("GPU", 0) == most.get("GPU", 0)
+        and node.get("CPU", 0) >= most.get("CPU", 0) / 2  # a head often takes no work
+    ]
     memory = float(min(node.get("memory", 0) + node.get("object_store_memory", 0) for node in like))
     cpus = float(min(node.get("CPU", 0) for node in like))
     if not most.get("GPU"):

@@ -75,14 +75,15 @@ def shortfalls(
 def _of_stages(recipe: Recipe, cluster: Cluster, stages: Mapping[str, Need]) -> Iterator[Shortfall]:
     for name, need in stages.items():
         if need.device.is_gpu:
-            per_gpu = int(1 / recipe.resources.gpus_per_worker)
+            on_one = int(1 / recipe.resources.gpus_per_worker + 1e-9)
+            per_gpu = min(need.num_workers, on_one)
             needed = per_gpu * on_device(need.memory)
             yield from _if_short(name, f"a GPU ({cluster.device.name})", needed, cluster)
             by_cpus = int(cluster.num_cpus / recipe.resources.cpus_per_worker)
             per_node = min(need.num_workers, cluster.per_node * per_gpu, max(1, by_cpus))
         else:
             per_node = -(-need.num_workers // cluster.num_nodes)
-        host = per_node * (need.imports + _in_host(need))
+        host = per_node * (need.imports + host_peak(need))
         yield from _if_host_short(name, host, cluster)
 
 
@@ -178,7 +179,7 @@ def _cache_short(recipe: Recipe, need: Need, cluster: Cluster) -> Iterator[Short
         yield Shortfall("rollout", where, there - need.memory.cache + wanted, there)
 
 
-def _in_host(need: Need) -> float:
+def host_peak(need: Need) -> float:
     """Return what a process takes of the host's memory beside its imports."""
     held = need.memory
     return max(held.host, held.host_starts) if need.device.is_gpu else held.total + held.host
@@ -192,7 +193,7 @@ def _hosts(
     of_bundle = _nodes_of(cluster, layout)
     for place in layout.places:
         need = needs[place.role]
-        size = need.imports + _in_host(need)
+        size = need.imports + host_peak(need)
         if layout.takes_turns and need.device.is_gpu:
             size = max(size, need.imports + need.memory.moments)
         if place.role == "actor" and place.rank == 0 and need.device.is_gpu:

@@ -147,7 +147,7 @@ def entrypoint(recipe: Recipe, stage: str) -> str:
     # This variable and no option: RAY_ADDRESS, which every job has, wins over --address.
     here = f"RAY_API_SERVER_ADDRESS=http://127.0.0.1:{PORTS['dashboard']}"
     submit = ["env", here, "ray", "job", "submit", "--entrypoint-num-gpus", "1", "--"]
-    return " && ".join(
+    script = " && ".join(
         shlex.join(words)
         for words in (
             ["rayrlhf", "data", RECIPE],
@@ -155,6 +155,8 @@ def entrypoint(recipe: Recipe, stage: str) -> str:
             [*submit, "rayrlhf", "evaluate", RECIPE],
         )
     )
+    # KubeRay puts this into a command of the submitter's shell, which must not read the &&.
+    return shlex.join(["bash", "-c", script])
 
 
 def _on_the_volume(recipe: Recipe) -> Recipe:

@@ -5,7 +5,7 @@ from rayrlhf.console import table
 from rayrlhf.planning.advice import Change, written
 from rayrlhf.planning.devices import GIB
 from rayrlhf.planning.estimate import Estimate
-from rayrlhf.planning.fit import Shortfall
+from rayrlhf.planning.fit import Shortfall, host_peak
 from rayrlhf.planning.memory import MARGIN, Memory
 from rayrlhf.planning.needs import Need
 
@@ -56,7 +56,7 @@ def _row(name: str, need: Need) -> tuple[object, ...]:
         held.process,
         margin,
     )
-    host = held.host + need.imports if need.device.is_gpu else need.imports
+    host = (host_peak(need) if need.device.is_gpu else 0.0) + need.imports
     return (
         name,
         f"{need.shape.num_params / 1e9:.3g}B",

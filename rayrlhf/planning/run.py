@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayrlhf.config import RecipeError, load
 
-RENDERS = ("image", "stage", "gpus_per_node")
+RENDERS = ("image", "stage", "gpus_per_node", "cpus_per_node", "memory_per_node")
 """Options that go with --render."""
 
 
@@ -25,8 +25,8 @@ def main(words: Sequence[str]) -> int:
         gpus = args.gpus_per_node or whole.gpus
         node = Node(
             gpus=gpus,
-            cpus=whole.cpus * gpus // whole.gpus,
-            memory_gib=whole.memory_gib * gpus // whole.gpus,
+            cpus=args.cpus_per_node or whole.cpus * gpus // whole.gpus,
+            memory_gib=args.memory_per_node or whole.memory_gib * gpus // whole.gpus,
         )
         stages = tuple(dict.fromkeys(args.stage or ["pipeline"]))
         print(render(recipe, image=args.image, stages=stages, node=node), end="")
@@ -34,6 +34,8 @@ def main(words: Sequence[str]) -> int:
     from rayrlhf.planning.command import cluster_of, measured, plan
 
     cluster = cluster_of(args.cluster, args.address).priced(args.price)
+    if args.simulate is not None and recipe.ppo is None:
+        raise RecipeError("--simulate is of a PPO run, and the recipe has no section ppo: add it")
     rates = measured(recipe) if args.probe else None
     plan(recipe, cluster, rates=rates, simulation=args.simulate)
     return 0
@@ -48,8 +50,10 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
             raise RecipeError(
                 f"--{name}={getattr(args, option)} goes with --render: add --render kuberay"
             )
-    if args.gpus_per_node is not None and args.gpus_per_node < 1:
-        raise RecipeError(f"--gpus-per-node={args.gpus_per_node}: a GPU node has at least one")
+    for option in ("gpus_per_node", "cpus_per_node", "memory_per_node"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            raise RecipeError(f"--{name}={getattr(args, option)}: a GPU node has at least one")
     if args.cluster is not None and args.address is not None:
         raise RecipeError(
             f"--cluster={args.cluster} and --address={args.address} both name a cluster: keep one"
@@ -61,6 +65,20 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         )
     if args.price is not None and args.price < 0:
         raise RecipeError(f"--price={args.price:g}: US dollars per device and hour are 0 or more")
+    plot = args.simulate
+    if plot is not None and plot != Path() and plot.suffix != ".png":
+        raise RecipeError(
+            f"--simulate={plot}: the plot is a PNG: name a file that ends with .png, or put "
+            "overrides before --simulate"
+        )
+    if args.render is not None:
+        for option in ("cluster", "address", "price", "simulate"):
+            if getattr(args, option) is not None:
+                raise RecipeError(
+                    f"--{option}={getattr(args, option)} goes with a table, and --render writes "
+                    "manifests: take one of them out; --gpus-per-node, --cpus-per-node and "
+                    "--memory-per-node are the sizes of nodes"
+                )
     return args
 
 
@@ -111,5 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-node", metavar="N", type=int, help="--render: GPUs of a node, default 8"
+    )
+    parser.add_argument(
+        "--cpus-per-node", metavar="N", type=int, help="--render: its CPUs, default 11 a GPU"
+    )
+    parser.add_argument(
+        "--memory-per-node",
+        metavar="GIB",
+        type=int,
+        help="--render: its memory, default 200 a GPU",
     )
     return parser

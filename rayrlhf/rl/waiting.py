@@ -136,7 +136,7 @@ def _take_in_all(waiting: dict[Ref, tuple[Pending[Any], Call]], ready: Sequence[
     for ref, answer in zip(ready, answers, strict=True):
         each, call = waiting.pop(ref)
         if call.ref is ref:  # and no successor does it again
-            _take_in(each, call, answer)
+            _take_in(each, call, answer, list(waiting.values()))
 
 
 def _answers(ready: Sequence[Ref]) -> list[Callable[[], Any]]:
@@ -151,8 +151,13 @@ def _same(value: T) -> T:
     return value
 
 
-def _take_in(pending: Pending[Any], call: Call, answer: Callable[[], Any]) -> None:
-    """Take in the answer to a call; see `wait_all`."""
+def _take_in(
+    pending: Pending[Any],
+    call: Call,
+    answer: Callable[[], Any],
+    others: Sequence[tuple[Pending[Any], Call]],
+) -> None:
+    """Take in the answer to a call; see `wait_all`. `others` are waited for at the same time."""
     try:
         call.done(answer() if call.stream is None else _items(call, answer))
     except DEATHS as error:
@@ -161,7 +166,7 @@ def _take_in(pending: Pending[Any], call: Call, answer: Callable[[], Any]) -> No
         if isinstance(error.cause, RecipeError):
             raise error.cause from None
         if pending.is_collective:
-            _look_for_the_dead(pending, call)
+            _look_for_the_dead([other for other in others if other[0].is_collective])
         raise RuntimeError(f"{pending.role}.{call.name} failed: {error}") from error
 
 
@@ -186,18 +191,18 @@ def _died(pending: Pending[Any], call: Call, error: Exception) -> None:
     pending.died(call, error)
 
 
-def _look_for_the_dead(pending: Pending[Any], call: Call) -> None:
-    """Raise LearnerLost when another rank died: then it is why this one's call failed."""
-    others = [each for each in pending.calls if each is not call and not each.is_done]
+def _look_for_the_dead(others: Sequence[tuple[Pending[Any], Call]]) -> None:
+    """Raise LearnerLost when another rank, or engine, died: then it is why a call failed."""
+    others = [(pending, call) for pending, call in others if not call.is_done]
     if not others:
         return
-    refs = [each.ref for each in others]
+    refs = [call.ref for _, call in others]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=NEIGHBOUR_S)
-    for other in others:
-        if other.ref in ready:
+    for pending, call in others:
+        if call.ref in ready:
             try:
-                ray.get(other.ref)
+                ray.get(call.ref)
             except DEATHS as error:
-                _died(pending, other, error)
+                _died(pending, call, error)
             except ray.exceptions.RayTaskError:
                 continue  # it failed in the same way

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from rayrlhf.serving.answers import Kind
 from rayrlhf.serving.door import Door
-from rayrlhf.serving.frontend import Frontend
+from rayrlhf.serving.frontend import Frontend, Reloaded
 from rayrlhf.serving.limits import bounded
 from rayrlhf.serving.refusals import Refusal
 
@@ -225,9 +225,15 @@ def _add_own(app: FastAPI, frontend: Frontend) -> None:
 
 
 def _add_weights(app: FastAPI, frontend: Frontend) -> None:
+    loading: set[asyncio.Task[Reloaded]] = set()
+
     @app.post("/admin/weights")
     async def load(body: WeightsBody) -> Weights:
-        done = await frontend.load(body.model, body.folder)
+        # Who hangs up does not leave an engine with half of its weights.
+        task = asyncio.create_task(frontend.load(body.model, body.folder))
+        loading.add(task)
+        task.add_done_callback(loading.discard)
+        done = await asyncio.shield(task)
         return Weights(model=done.model, version=done.version, fingerprint=done.fingerprint)
 
     @app.get("/admin/weights")

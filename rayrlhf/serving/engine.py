@@ -113,6 +113,7 @@ class OpenAIEngine:
 
     async def _create(self, kind: Kind, body: dict[str, Any]) -> Any:
         """Return vLLM's response or its stream of events; an Answer for what it refuses."""
+        from jinja2 import TemplateError
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -125,20 +126,27 @@ class OpenAIEngine:
         )
         if not self.is_healthy:
             return self._refuse(503, "the model is being started again: try again soon", None)
+        request: Any
         try:
-            if kind == "chat":
-                request = ChatCompletionRequest.model_validate(body)
-                result = await chat.create_chat_completion(request)
-            else:
-                result = await completion.create_completion(CompletionRequest.model_validate(body))
+            kinds = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
+            request = kinds["chat" if kind == "chat" else "completion"].model_validate(body)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             return self._refuse(422, f"{place}: {first['msg']}" if place else first["msg"], place)
-        except (ValueError, TypeError, VLLMClientError) as error:
-            result = chat.create_error_response(error)
+        except Exception as error:  # vLLM's own checks trip over what they do not expect
+            return self._refuse(422, f"the request is not valid: {error!r}"[:500], None)
+        try:
+            if kind == "chat":
+                result = await chat.create_chat_completion(request)
+            else:
+                result = await completion.create_completion(request)
         except EngineDeadError:
             return self._refuse(503, "the model went down while it was answering", None)
+        except (ValueError, TypeError, VLLMClientError) as error:
+            result = chat.create_error_response(error)
+        except (NotImplementedError, OverflowError, TemplateError) as error:
+            return self._refuse(422, f"the request cannot be answered: {error}"[:500], None)
         if isinstance(result, ErrorResponse):
             said = result.error
             # What a body asks for in vain is 422 here, whoever finds it.

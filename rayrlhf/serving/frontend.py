@@ -147,6 +147,8 @@ class Frontend:
         try:
             await asyncio.to_thread(check_fit, folder, before.folder)
             live = await asyncio.to_thread(self.weights.take_in, name, folder)
+            # A checkpoint may be removed while its files are taken in.
+            await asyncio.to_thread(check_fit, live.folder, before.folder)
         except (Unfit, OSError) as error:
             raise Refusal(422, str(error), "folder") from None
         changed = 0
@@ -211,9 +213,10 @@ class Frontend:
     async def _follow(self, stage: Path) -> None:
         """Let each newer checkpoint of a stage go live; what does not fit is said once."""
         assert self.cfg.follow is not None, "a followed folder is that of a stage"
-        seen = _stamp(await asyncio.to_thread(newest, stage))
+        seen = await asyncio.to_thread(self._live_stamp, stage)
         while True:
             await asyncio.sleep(FOLLOW_EVERY_S)
+            stamp = seen
             try:
                 folder = await asyncio.to_thread(newest, stage)
                 stamp = _stamp(folder)
@@ -226,6 +229,18 @@ class Frontend:
                 if str(error) != self._refused:
                     print(f"serve: {stage}: {error}", flush=True)
                 self._refused = str(error)
+                if isinstance(error, Refusal) and (error.status == 422 or error.__cause__):
+                    seen = stamp  # what broke an engine would break it again: the next one may do
+
+    def _live_stamp(self, stage: Path) -> tuple[str, int]:
+        """Return the stamp of the newest checkpoint if it is what is live."""
+        assert self.cfg.follow is not None, "a followed folder is that of a stage"
+        with suppress(OSError):
+            begun = newest(stage)
+            live = Path(self.weights.of(self.cfg.follow).folder)
+            if begun is not None and _weights_of(begun) == _weights_of(live):
+                return _stamp(begun)
+        return _stamp(None)
 
 
 def _stamp(folder: Path | None) -> tuple[str, int]:
@@ -233,7 +248,13 @@ def _stamp(folder: Path | None) -> tuple[str, int]:
     return ("", 0) if folder is None else (str(folder), folder.stat().st_mtime_ns)
 
 
+def _weights_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what tells the weights of a folder from others; a copy of them has the same."""
+    files = [(file.name, file.stat()) for file in folder.glob("*.safetensors")]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+
 def _place(user: str) -> float:
     """Return a number in [0, 1), always the same for a user."""
-    digest = hashlib.blake2b(user.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

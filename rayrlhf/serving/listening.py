@@ -5,6 +5,7 @@ import socket
 import time
 
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from rayrlhf import console, session
 from rayrlhf.config import RecipeError
@@ -48,6 +49,12 @@ def listen(application: serve.Application, name: str, host: str, port: int) -> N
         proxy_location="HeadOnly" if session.is_local() else "EveryNode",
         http_options={"host": host, "port": port},
     )
+    at = _get_global_client().http_config
+    if (at.host, at.port) != (host, port):
+        raise RecipeError(
+            f"host={host}, port={port}: Serve of this cluster listens on {at.host}:{at.port} "
+            "already: set host and port to these, or end it with `serve shutdown`"
+        )
     serve.run(application, name=name, route_prefix="/")
 
 

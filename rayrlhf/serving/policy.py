@@ -79,17 +79,20 @@ class Policy:
 class Scorer:
     """A reward model that scores responses."""
 
-    def __init__(self, folder: str, num_threads: int) -> None:
-        """Load a folder that `rayrlhf reward` wrote."""
+    def __init__(self, folder: str, num_threads: int, gpus: float) -> None:
+        """Load a folder that `rayrlhf reward` wrote; `gpus` are this replica's.
+
+        Without any it computes on the CPU: Ray does not hide the GPUs of others.
+        """
         torch.set_num_threads(num_threads)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         model = ScalarHeadModel.from_pretrained(folder)
-        self._room = int(model.config.to_dict().get("max_position_embeddings", 1 << 30))
+        self._room = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self._judge = RewardJudge(
             model,
             eos_id=self._tokenizer.eos_token_id,
             tokens_per_batch=TOKENS_PER_BATCH,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=torch.device("cuda" if gpus else "cpu"),
         )
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.005)

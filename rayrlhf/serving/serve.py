@@ -64,16 +64,16 @@ def serve_models(recipe: Recipe) -> Path:
         stage="serve",
     )
     console.say(f"{'serve':>9} starting {', '.join(folders)}")
-    listen(application(recipe, folders, token, is_here=True), name, cfg.host, cfg.port)
-    _greet(recipe, token if made else None)
     try:
+        listen(application(recipe, folders, token, is_here=True), name, cfg.host, cfg.port)
+        _greet(recipe, token if made else None)
         watch("serve", "the endpoint", name)
     except KeyboardInterrupt:
         console.say(f"{'serve':>9} closing the endpoint")
     finally:
-        close(name)
-        if cfg.votes:
+        if cfg.votes:  # a job that is stopped has seconds, and closing may take them
             export(store_of(recipe), recipe.path / VOTES)
+        close(name)
     return folder
 
 
@@ -172,7 +172,8 @@ def _scorer(recipe: Recipe) -> serve.Application | None:
         graceful_shutdown_timeout_s=STOP_S,
         ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
     )
-    return deployment.bind(_checked("serve.reward", builtin.resolve(reward)), own.num_threads)
+    folder = _checked("serve.reward", builtin.resolve(reward))
+    return deployment.bind(folder, own.num_threads, own.gpus)
 
 
 def _greet(recipe: Recipe, made: str | None) -> None:

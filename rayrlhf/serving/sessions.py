@@ -32,6 +32,7 @@ def load_secret(folder: Path, variable: str = VARIABLE, file_name: str = FILE) -
     """
     given = os.environ.get(variable)
     if given is not None:
+        given = given.strip()  # a secret that a file holds often ends with a newline
         if len(given) < MIN_SECRET:
             raise RecipeError(
                 f"{variable} has {len(given)} characters, but fewer than {MIN_SECRET} can be "

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class LiveWeights:
     def __init__(self, folder: Path) -> None:
         """`folder` is that of the endpoint in the run directory, on every node that serves."""
         self._folder = folder
+        self._turn = threading.Lock()
 
     def start(self, folders: Mapping[str, str], keep: Collection[str] = ()) -> None:
         """Begin with these folders, as version 1 each, and forget what was live before.
@@ -87,14 +89,18 @@ class LiveWeights:
         for pattern in TAKEN_IN:
             for file in Path(folder).glob(pattern):
                 _link(file, place / file.name)
+        if not any(place.glob("*.safetensors")):
+            shutil.rmtree(place, ignore_errors=True)
+            raise Unfit(f"{folder}: its weights were removed meanwhile: give a newer folder")
         return Live(str(place), version)
 
     def go_live(self, model: str, live: Live) -> None:
         """Make a version the one that a new replica loads, and remove what was kept before it."""
-        before = self.of(model)
-        tree = read_json(self._folder / LIVE)
-        tree[model] = {"folder": live.folder, "version": live.version}
-        write_json(self._folder / LIVE, tree)
+        with self._turn:  # several models may change at a time
+            before = self.of(model)
+            tree = read_json(self._folder / LIVE)
+            tree[model] = {"folder": live.folder, "version": live.version}
+            write_json(self._folder / LIVE, tree)
         self._drop(before)
 
     def give_up(self, live: Live) -> None:

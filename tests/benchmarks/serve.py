@@ -185,6 +185,7 @@ def load(
     for thread in threads:
         thread.join()
     assert not faults, faults[0]
+    assert len(seconds) == requests, "a client broke off"
     return time.perf_counter() - begun, seconds
 
 

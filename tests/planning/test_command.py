@@ -183,6 +183,9 @@ def test_an_impossible_layout_is_refused_within_two_seconds() -> None:
         (["plan", "--cluster", "1x8xH100", "--address", "auto"], "both name a cluster"),
         (["plan", "--probe", "--cluster", "1x8xH100"], "--probe measures the device at hand"),
         (["plan", "--price", "-1"], "0 or more"),
+        (["plan", "--simulate", "ppo.steps=3"], "the plot is a PNG: name a file that ends with"),
+        (["plan", "--render", "kuberay", "--cluster", "1x8xH100"], "--cluster=1x8xH100 goes with"),
+        (["plan", "--simulate", "--cluster", "1x8xH100", "ppo=null"], "no section ppo"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -27,7 +27,7 @@ from rayrlhf.rl.layout import Layout, arrange, plan
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
-NODE = {"CPU": 64.0, "GPU": 8.0}
+NODE = {"CPU": 128.0, "GPU": 8.0}
 NUM_NODES = 8
 ONE_GPU = {"gpus": 1, "cpus": 2}
 GPU_SIZED: dict[str, dict[str, Any]] = {
@@ -269,7 +269,7 @@ def test_a_missing_node_is_named_and_waited_for(
     cluster.remove_node(next(iter(cluster.worker_nodes)))
     assert until(lambda: len(placement.cluster_nodes()) == NUM_NODES - 1)
 
-    said = "64 GPU asked for, 56 registered on 7 node\\(s\\) \\(.*64 CPU, 8 GPU.*add nodes with GPU"
+    said = "64 GPU asked for, 56 registered on 7 node\\(s\\) \\(.*128 CPU, 8 GPU.*add nodes with "
     began = time.monotonic()
     with pytest.raises(RecipeError, match=f"^ppo: {said}"):
         session.require(demand, stage="ppo")

@@ -10,10 +10,11 @@ import torch
 from rayrlhf.config import RecipeError
 from rayrlhf.rl import groups, supervision, waiting
 from rayrlhf.rl.experience import Rows
-from rayrlhf.rl.groups import CriticGroup, ReferenceGroup, RolloutGroup
+from rayrlhf.rl.groups import ActorGroup, CriticGroup, ReferenceGroup, RolloutGroup
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import LearnerLost, Supervisor, reason
 from rayrlhf.rl.waiting import wait_all
+from rayrlhf.transfer import Described
 from tests.rl.inline import InlineHandle, InlineRay
 
 DEAD = ray.exceptions.ActorDiedError()
@@ -46,6 +47,12 @@ class Mortal:
     def load_weights(self, version: int, *weights: Any) -> Any:
         self.version = version
         return self._answer("load_weights", version, usually=version)
+
+    def send_weights(self, dtype: str) -> Any:
+        return self._answer("send_weights", dtype)
+
+    def receive_weights(self, described: Any, version: int) -> Any:
+        return self._answer("receive_weights", version, usually=version)
 
     def keep_weights(self, *frozen: Any) -> Any:
         return self._answer("keep_weights", *frozen)
@@ -239,6 +246,23 @@ def test_an_error_in_a_collective_is_that_of_the_rank_that_died(make: Make) -> N
             group.update("experience", 0).wait()
         assert not isinstance(raised.value, LearnerLost)
         assert group.supervisor.num_restarts == 0
+
+
+def test_a_death_in_a_broadcast_is_found_whoever_speaks_first(make: Make) -> None:
+    """Actor and engines are in it together: one's error may be there before the other's death."""
+    error = ray.exceptions.RayTaskError("send", "gloo: connection closed by peer", OSError())
+    described = Described(("w",), ((1,),), "float32")
+    for sends, receives, dead in (
+        ({"send_weights": error}, {"receive_weights": DEAD}, "rollout.receive_weights"),
+        ({"send_weights": DEAD}, {"receive_weights": error}, "actor.send_weights"),
+    ):
+        actor, rollout = make(ActorGroup, sends), make(RolloutGroup, receives)
+        received = rollout.receive_weights(described, 1, lambda: [])
+        for order in (1, -1):
+            pending = (actor.send_weights("float32"), received)[::order]
+            with pytest.raises(LearnerLost, match=f"{dead}: worker 0 died"):
+                wait_all(*pending)
+            received = rollout.receive_weights(described, 1, lambda: [])
 
 
 def test_ranks_are_renewed_together_and_from_other_settings(
