@@ -254,7 +254,8 @@ def stage_step(
     own = rates or rates_of(need.device, precision_of(cfg, need.device))
     ranks = need.num_workers
     mine = PADDED * need.tokens / ranks
-    length = min(cfg.tokens_per_microbatch, recipe.model.max_length) / 2
+    # Half of the longest is a guess at records; the rows of a corpus are full.
+    length = min(cfg.tokens_per_microbatch, recipe.model.max_length) / (2 - (stage == "pretrain"))
     forward = forward_flops(need.shape, mine, length, 0.0 if stage == "reward" else mine)
     factor = (2 if cfg.lora else 3) + cfg.gradient_checkpointing
     threads = recipe.resources.num_threads if not need.device.is_gpu else 1
@@ -312,7 +313,7 @@ def _update_s(step: _Step, need: Need) -> float:
     corpus = step.recipe.corpus
     if need.name == "actor" and cfg.ptx_coef > 0 and corpus is not None:
         rows = updates * cfg.ptx_batch_size * corpus.row_length / need.num_workers
-        compute += factor * forward_flops(need.shape, rows, corpus.row_length / 2, rows) / own.train
+        compute += factor * forward_flops(need.shape, rows, corpus.row_length, rows) / own.train
     comm = _comm_s(need, step.cluster, training, micros, updates=updates)
     return _overlapped(compute, comm) + updates * _optimizer_s(need, training, own)
 
