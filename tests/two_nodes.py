@@ -119,17 +119,20 @@ def two_nodes(
     common = {**os.environ, **OPEN, **(env or {})}
     common.pop("RAY_ADDRESS", None)
     cluster = LocalCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{http}", common)
-    temp = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # a socket's path has at most 107 letters
+    # A folder each: in one, each node would remove files of jobs that the other needs. Short names,
+    # for a socket's path has at most 107 letters.
+    temps = {name: Path("/tmp") / f"ray-{os.getpid()}-{port}-{name[0]}" for name in NAMES}
     try:
         for index, (name, num_cpus) in enumerate(zip(NAMES, cpus, strict=True)):
             place = (
-                ["--head", f"--port={port}", f"--dashboard-port={http}", f"--temp-dir={temp}"]
+                ["--head", f"--port={port}", f"--dashboard-port={http}"]
                 + [f"--include-dashboard={str(dashboard).lower()}"]
                 if name == "head"
                 else [f"--address=127.0.0.1:{port}"]
             )
             words = [
                 *("start", *place, "--block", f"--num-cpus={num_cpus:g}", f"--node-name={name}"),
+                f"--temp-dir={temps[name]}",
                 f"--dashboard-agent-listen-port={agents[2 * index]}",
                 f"--metrics-export-port={agents[2 * index + 1]}",
                 *("--object-store-memory=200000000", "--disable-usage-stats", *options),
@@ -142,7 +145,8 @@ def two_nodes(
     finally:
         for process in reversed(cluster.processes.values()):
             _end(process)
-        shutil.rmtree(temp, ignore_errors=True)
+        for temp in temps.values():
+            shutil.rmtree(temp, ignore_errors=True)
 
 
 def _start(words: list[str], env: dict[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
