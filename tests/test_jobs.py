@@ -31,6 +31,12 @@ def cluster() -> Iterator[LocalCluster]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def serve_port() -> int:
+    """A port for Ray Serve, which a cluster has one of, and keeps when an application ends."""
+    return free_ports(1)[0]
+
+
 def succeeded(done: Submitted) -> Submitted:
     assert (done.code, done.info["status"], done.info["driver_exit_code"]) == (
         0,
@@ -150,9 +156,9 @@ def test_exit_codes_are_those_of_the_command(
 
 
 def test_the_labelling_page_is_open_until_its_job_is_stopped(
-    cluster: LocalCluster, finished: tuple[Path, str], tmp_path: Path
+    cluster: LocalCluster, finished: tuple[Path, str], tmp_path: Path, serve_port: int
 ) -> None:
-    (port,) = free_ports(1)
+    port = serve_port
     items = finished[0].parent / "comparisons.test.jsonl"
     section = f"label={{labellers: [ann, bob], items: {items}, port: {port}}}"
     done = cluster.submit("label", finished[0], f"run_dir={tmp_path}", section, wait=False)
@@ -165,9 +171,9 @@ def test_the_labelling_page_is_open_until_its_job_is_stopped(
 
 
 def test_the_endpoint_answers_until_its_job_is_stopped(
-    cluster: LocalCluster, finished: tuple[Path, str], tmp_path: Path
+    cluster: LocalCluster, finished: tuple[Path, str], tmp_path: Path, serve_port: int
 ) -> None:
-    (port,) = free_ports(1)
+    port = serve_port
     model = finished[0].parent / "run" / "sft" / "final"
     section = f"serve={{models: {{sft: {{path: {model}}}}}, port: {port}, memory_gib: 0.02}}"
     done = cluster.submit("serve", finished[0], f"run_dir={tmp_path}", section, wait=False)

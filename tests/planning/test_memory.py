@@ -146,9 +146,13 @@ def test_logits_are_never_more_than_a_block() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["actor", "critic", "reference", "reward", "rollout"])
+@pytest.mark.parametrize("role", ["actor", "critic", "rollout"])
 def test_a_role_of_the_quickstart_takes_what_is_planned(role: Role) -> None:
-    """Within 15% of the peak of its worker alone in a process, beyond the imports."""
+    """Within 15% of the peak of its worker alone in a process, beyond the imports.
+
+    Or within 20 MiB, by which the peak of so small a process differs from run to run. All five
+    roles, and a larger model: tests/benchmarks/plan.py.
+    """
     path = ROOT / "configs" / "quickstart.yaml"
     needs, _ = of_ppo(load(path), this_machine().device)
-    assert needs[role].memory.total == pytest.approx(peak_of(path, role), rel=0.15)
+    assert needs[role].memory.total == pytest.approx(peak_of(path, role), rel=0.15, abs=20 * 2**20)
