@@ -47,11 +47,11 @@ print("RESULT", json.dumps(calls))
 @pytest.mark.ray
 @pytest.mark.slow
 def test_broadcast_weights_are_those_of_the_object_store(tmp_path: Path, tiny_model: Path) -> None:
-    """Bit by bit, with two ranks that train and two engines, though one of these dies twice."""
+    """Bit by bit, with two engines, of which one dies in a rollout and one in a broadcast."""
     model = engine_model(tmp_path / "model", tiny_model)
     plain, broadcast = (make_run(tmp_path / name, model) for name in ("plain", "broadcast"))
     for recipe in (plain, broadcast):
-        recipe["resources"]["rollout"] = {"num_workers": 2}
+        recipe["resources"] = {"rollout": {"num_workers": 2}}
         recipe["ppo"] |= {"steps": 4, "save_every": 2}
     broadcast["ppo"]["weight_transfer"] = "broadcast"
     done = subprocess.run(
