@@ -179,7 +179,7 @@ class Recipe(Section):
         reason = None
         if resources.layout == "colocated":
             reason = "resources.layout=colocated: NCCL has one process per device"
-        elif "actor" in (rollout.shares, actor.shares) or "rollout" in (actor.shares,):
+        elif rollout.shares == "actor" or actor.shares == "rollout":
             reason = "actor and rollout on one device: NCCL has one process per device"
         elif (actor.gpus > 0) != (rollout.gpus > 0):
             reason = (

@@ -13,11 +13,10 @@ from typing import Any
 
 from rayrlhf import console
 from rayrlhf.config import RecipeError
-from rayrlhf.evaluation.cells import number, table
+from rayrlhf.evaluation.cells import number, page, table
 from rayrlhf.evaluation.cost_section import VARIETY
 from rayrlhf.evaluation.plots.preference import word
-from rayrlhf.evaluation.style import STYLE
-from rayrlhf.evaluation.words import JUDGES, MODELS
+from rayrlhf.evaluation.words import JUDGES, MODELS, last_model
 from rayrlhf.lineage import read_json
 
 Results = Mapping[str, Any]
@@ -145,7 +144,7 @@ def _frontiers(results: Results) -> Iterator[tuple[Key, Measured]]:
     found = results.get("overoptimisation") or {}
     for of, curve in (
         ("best of n", found.get("best_of_n")),
-        (_last_model(results), found.get("ppo")),
+        (last_model(results), found.get("ppo")),
     ):
         if curve:
             last, peak = curve["points"][-1], curve["peak"]
@@ -154,10 +153,6 @@ def _frontiers(results: Results) -> Iterator[tuple[Key, Measured]]:
             yield (gold, of), Measured(last["gold"], tuple(last["gold_interval"]))
             yield (fall, of), Measured(peak["fall"], tuple(peak["fall_interval"]))
             yield ("KL where the gold reward peaks, nats", of), Measured(peak["kl"])
-
-
-def _last_model(results: Results) -> str:
-    return list(results["models"])[-1]
 
 
 def render(here: Results, there: Results, found: Mapping[Key, Difference], other: str) -> str:
@@ -170,28 +165,14 @@ def render(here: Results, there: Results, found: Mapping[Key, Difference], other
         table(["of", "difference", str(here["name"]), str(there["name"])], rows, name)
         for name, rows in by_measure.items()
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{names[0]} against {names[1]}: rayrlhf</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="over">rayrlhf report</p>
-<h1>{names[0]} against {names[1]}</h1>
-<p>What both runs measured; the other run is {escape(other)}. Small figures are 95% intervals. That
-of a difference takes the runs for independent: where they answered the same prompts, it is wider
-than it need be. A bold difference is clear: its interval leaves out 0.</p>
-</header>
-<section><h2>Differences</h2>{tables}</section>
-</main>
-</body>
-</html>
-"""
+    return page(
+        f"{names[0]} against {names[1]}: rayrlhf",
+        f"{names[0]} against {names[1]}",
+        f"""<p>What both runs measured; the other run is {escape(other)}. Small figures are 95%
+intervals. That of a difference takes the runs for independent: where they answered the same
+prompts, it is wider than it need be. A bold difference is clear: its interval leaves out 0.</p>""",
+        f"""<section><h2>Differences</h2>{tables}</section>""",
+    )
 
 
 def _row(of: str, row: Difference) -> list[str]:

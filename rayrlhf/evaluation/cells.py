@@ -5,8 +5,34 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from rayrlhf.evaluation.style import STYLE
+
 if TYPE_CHECKING:
     from rayrlhf.evaluation.plots import Figure
+
+
+def page(title: str, heading: str, lead: str, body: str) -> str:
+    """A whole page, without outside assets; what goes in is HTML already."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="over">rayrlhf report</p>
+<h1>{heading}</h1>
+{lead}
+</header>
+{body}
+</main>
+</body>
+</html>
+"""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

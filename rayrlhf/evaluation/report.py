@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.evaluation.battles_section import battles_section
-from rayrlhf.evaluation.cells import definitions, duration, figure_card, number, table
+from rayrlhf.evaluation.cells import definitions, duration, figure_card, number, page, table
 from rayrlhf.evaluation.corpus_section import corpus_section
 from rayrlhf.evaluation.cost_section import (
     answer_card,
@@ -22,8 +22,7 @@ from rayrlhf.evaluation.cost_section import (
 from rayrlhf.evaluation.plots import Figure
 from rayrlhf.evaluation.reward_section import reward_section
 from rayrlhf.evaluation.rounds_section import rounds_section
-from rayrlhf.evaluation.style import STYLE
-from rayrlhf.evaluation.words import JUDGES, MODELS, STAGES, model_word
+from rayrlhf.evaluation.words import JUDGES, MODELS, STAGES, last_model, model_word
 
 Results = Mapping[str, Any]
 
@@ -75,23 +74,12 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
     """Return the whole page."""
     title = escape(str(results["name"]))
     drawn = "".join(map(figure_card, figures))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: rayrlhf report</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="over">rayrlhf report</p>
-<h1>{title}</h1>
-<p>{_lead(results)}</p>
-<div class="tiles">{_tiles(results)}</div>
-</header>
-<section><h2>The models</h2>{_models_table(results)}</section>
+    return page(
+        f"{title}: rayrlhf report",
+        f"{title}",
+        f"""<p>{_lead(results)}</p>
+<div class="tiles">{_tiles(results)}</div>""",
+        f"""<section><h2>The models</h2>{_models_table(results)}</section>
 {battles_section(results)}
 {rounds_section(results)}
 {reward_section(results)}
@@ -104,11 +92,8 @@ def render(results: Results, figures: Sequence[Figure], *, recipe_yaml: str) -> 
 {hacking_section(results)}
 <section><h2>What the run was</h2>{_run(results, recipe_yaml)}</section>
 <section><h2>What the numbers mean</h2><div class="card"><details open><summary>Measures</summary>
-<dl style="margin-top:12px">{definitions(MEASURES)}</dl></details></div></section>
-</main>
-</body>
-</html>
-"""
+<dl style="margin-top:12px">{definitions(MEASURES)}</dl></details></div></section>""",
+    )
 
 
 def _lead(results: Results) -> str:
@@ -131,7 +116,7 @@ def _tile(value: str, name: str, more: str, *, main: bool = False) -> str:
 
 def _tiles(results: Results) -> str:
     """The few numbers that one looks for first."""
-    reference, trained = results["reference"], _last_model(results)
+    reference, trained = results["reference"], last_model(results)
     tiles = []
     if trained != reference:
         word = model_word(trained)
@@ -171,11 +156,6 @@ def _tiles(results: Results) -> str:
             )
         )
     return "".join(tiles)
-
-
-def _last_model(results: Results) -> str:
-    """The model that went through most stages."""
-    return [model for model in MODELS if model in results["models"]][-1]
 
 
 def _models_table(results: Results) -> str:

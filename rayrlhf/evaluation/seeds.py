@@ -20,6 +20,7 @@ from rayrlhf.evaluation import seeds_page
 from rayrlhf.evaluation.against import Key, Results, measures
 from rayrlhf.evaluation.plots import seeds as plots
 from rayrlhf.evaluation.plots.preference import word
+from rayrlhf.evaluation.words import last_model
 from rayrlhf.lineage import read_json, write_json
 
 PAIRS = (("sft", "base"), ("dpo", "sft"), ("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
@@ -141,7 +142,7 @@ def _read(run: Path, others: Sequence[Path]) -> list[Results]:
                 "`rayrlhf pipeline` has finished"
             )
         runs.append(results)
-    trained = Counter((results["seed"], _last(results)) for results in runs)
+    trained = Counter((results["seed"], last_model(results)) for results in runs)
     (seed, model), times = trained.most_common(1)[0]
     if times > 1:
         raise RecipeError(
@@ -154,10 +155,6 @@ def _read(run: Path, others: Sequence[Path]) -> list[Results]:
             "different models: give runs of one recipe"
         )
     return runs
-
-
-def _last(results: Results) -> str:
-    return list(results["models"])[-1]
 
 
 def _terminal_table(found: Mapping[Key, OverSeeds]) -> str:

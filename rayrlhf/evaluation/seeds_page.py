@@ -5,10 +5,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.evaluation.against import Key
-from rayrlhf.evaluation.cells import figure_card, number, table
+from rayrlhf.evaluation.cells import figure_card, number, page, table
 from rayrlhf.evaluation.plots import Figure
 from rayrlhf.evaluation.plots.preference import word
-from rayrlhf.evaluation.style import STYLE
 
 if TYPE_CHECKING:
     from rayrlhf.evaluation.seeds import OverSeeds
@@ -23,30 +22,16 @@ def render(
     seeds = sorted({int(results["seed"]) for results in runs})
     title = escape(str(runs[0]["name"]))
     cards = "".join(map(figure_card, drawn))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} over {len(seeds)} seeds: rayrlhf</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="over">rayrlhf report</p>
-<h1>{title} over {len(seeds)} seeds</h1>
-<p>{len(runs)} runs, seeds {", ".join(map(str, seeds))}. Small figures are 95% intervals of the
-mean over seeds (Student's t): they hold what another seed would have changed, which the intervals
-of a single run, over its prompts, do not.</p>
-</header>
-<section><h2>Figures</h2><div class="figures">{cards}</div></section>
+    return page(
+        f"{title} over {len(seeds)} seeds: rayrlhf",
+        f"{title} over {len(seeds)} seeds",
+        f"""<p>{len(runs)} runs, seeds {", ".join(map(str, seeds))}. Small figures are 95% intervals
+of the mean over seeds (Student's t): they hold what another seed would have changed, which the
+intervals of a single run, over its prompts, do not.</p>""",
+        f"""<section><h2>Figures</h2><div class="figures">{cards}</div></section>
 <section><h2>Models</h2>{_tables(found, seeds)}</section>
-{_paired(paired, seeds)}
-</main>
-</body>
-</html>
-"""
+{_paired(paired, seeds)}""",
+    )
 
 
 def _paired(paired: Found, seeds: Sequence[int]) -> str:

@@ -1,5 +1,8 @@
 """What models, judges and stages are called in the report, in the order in which they appear."""
 
+from collections.abc import Mapping
+from typing import Any
+
 MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 JUDGES = {"vader": "VADER", "reward": "the reward model"}
 STAGES = {
@@ -18,3 +21,8 @@ def model_word(model: str) -> str:
     """Return how a model is called at the start of a sentence or on an axis."""
     word = MODELS[model]
     return word[0].upper() + word[1:]
+
+
+def last_model(results: Mapping[str, Any]) -> str:
+    """Return the model of a run's results that went through most stages."""
+    return [model for model in MODELS if model in results["models"]][-1]
