@@ -26,6 +26,16 @@ LINE_EVERY_S = 30.0
 """Seconds between the lines that say what a wait is for."""
 RELEASE_S = 20.0
 """How long, at least, resources in use are waited for: Ray takes seconds to see a stage's end."""
+SERVE = {
+    # Serve kills a proxy that is not ready in 5 s, and on a busy machine none ever is.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Ten looks of its controller a second, threads of their own for loops that never block, and a
+    # second copy of each log take 5% of a laptop from the engine. A dead replica is seen 1 s later.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
 
 
 def connect(recipe: Recipe) -> None:
@@ -34,12 +44,7 @@ def connect(recipe: Recipe) -> None:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False} if is_local() else {}
-    env = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAY_TRAIN_V2_ENABLED": "1",
-        # Serve kills a proxy that is not ready in 5 s, and on a busy machine none ever is.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    }
+    env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1", **SERVE}
     ray.init(
         address=address,
         log_to_driver=False,

@@ -10,6 +10,8 @@ from ray.serve.context import _get_global_client
 from rayrlhf import console, session
 from rayrlhf.config import RecipeError
 
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks at the state of the application."""
 PORT_S = 30.0
 """How long a port that is still in use is waited for: that of a server killed just now."""
 
@@ -67,7 +69,7 @@ def watch(command: str, what: str, name: str) -> None:
     """Wait for Ctrl-C, and say when the application goes down or comes back."""
     before = "RUNNING"
     while True:
-        time.sleep(2)
+        time.sleep(LOOK_EVERY_S)
         state = serve.status().applications[name].status.value
         if state != before:
             console.warn(f"{command:>9} {what} is {state}")
