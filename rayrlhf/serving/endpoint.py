@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from rayrlhf.serving.answers import Kind
@@ -142,6 +143,12 @@ def _put_errors_into_form(app: FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         text = f"{place}: {first['msg']}" if place else str(first["msg"])
         return Refusal(422, text, place or None).response()
+
+    @app.exception_handler(SQLAlchemyError)
+    async def unavailable(_: Request, error: SQLAlchemyError) -> Response:
+        # The replica's log has the reason, and clients try again what is a 503.
+        print(f"serve: the database of votes refused: {error}"[:500], flush=True)
+        return Refusal(503, "the database of votes does not answer: send it again").response()
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

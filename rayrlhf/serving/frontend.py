@@ -200,7 +200,8 @@ class Frontend:
         engines += [self.scorer] if self.scorer is not None else []
         follow = [self._follow(self.followed)] if self.followed is not None else []
         async with asyncio.TaskGroup() as group:
-            for work in (*(engine.watch() for engine in engines), self._meter(), *follow):
+            own = (self._meter(), self._mend())
+            for work in (*(engine.watch() for engine in engines), *own, *follow):
                 group.create_task(work)
 
     async def _meter(self) -> None:
@@ -209,6 +210,23 @@ class Frontend:
                 for number, engine in enumerate(engines):
                     self.meters.is_up.labels(model, str(number)).set(bool(engine.version))
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _mend(self) -> None:
+        """Start engines again that came up while weights changed, and have the old ones."""
+        seen: set[Upstream] = set()
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            behind = set()
+            for model, engines in self.engines.items():
+                if self._turns[model].locked():
+                    continue
+                live = await asyncio.to_thread(self.weights.of, model)
+                if not self._turns[model].locked():
+                    behind |= {e for e in engines if e.version and not live.names(model, e.version)}
+            for engine in behind & seen:  # one that is new tells its version a moment later
+                print(f"serve: {engine.version} is not what is live: started again", flush=True)
+                await engine.restart()
+            seen = behind
 
     async def _follow(self, stage: Path) -> None:
         """Let each newer checkpoint of a stage go live; what does not fit is said once."""

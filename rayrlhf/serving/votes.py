@@ -2,6 +2,7 @@
 
 Answers are kept in memory for as long as users may vote on them, the newest first to stay. What is
 voted on is one answer to a prompt, or to a chat of one turn: what a comparison record can hold.
+One that was broken off is not, nor one that repeats its prompt.
 """
 
 import hashlib
@@ -99,8 +100,8 @@ class Votes:
         if kept is None:
             raise Refusal(
                 404,
-                f"there is no answer {name[:80]} to vote on: it is too old, has several choices, "
-                "or its prompt has more than one turn",
+                f"there is no answer {name[:80]} to vote on: it is too old, is not whole, has "
+                "several choices, repeats its prompt, or its prompt has more than one turn",
                 "completions",
             )
         return kept
@@ -112,6 +113,7 @@ class StreamReader:
     def __init__(self, votes: Votes, kind: Kind, body: Mapping[str, Any], version: str) -> None:
         self._votes, self._kind, self._body, self._version = votes, kind, body, version
         self._name, self._text, self._choices = "", "", {0}
+        self._is_broken = False
 
     def read(self, events: str) -> None:
         """Read whole events."""
@@ -120,6 +122,7 @@ class StreamReader:
             if data == line or data == "[DONE]":
                 continue
             tree = json.loads(data)
+            self._is_broken |= "error" in tree
             self._name = tree.get("id", self._name)
             for choice in tree.get("choices", []):
                 self._choices.add(choice["index"])
@@ -127,7 +130,9 @@ class StreamReader:
                 self._text += part or ""
 
     def end(self) -> None:
-        """Keep what was read."""
+        """Keep what was read, unless an error broke it off."""
+        if self._is_broken:
+            return
         self._votes._keep(
             self._kind, self._body, self._name, self._text, len(self._choices), self._version
         )
@@ -135,6 +140,8 @@ class StreamReader:
 
 def prompt_of(kind: Kind, body: Mapping[str, Any]) -> str | None:
     """Return the prompt as a comparison record has it; None for one that it cannot hold."""
+    if body.get("echo"):
+        return None  # the answer begins with the prompt
     if kind == "completions":
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:

@@ -47,7 +47,14 @@ class Live:
             for file in sorted(Path(self.folder).glob("*.safetensors"))
         ]
         digest = hashlib.sha256("\n".join([*stamps, self.folder]).encode()).hexdigest()
-        return f"{model}-v{self.version}-{digest[:8]}"
+        return f"{self._stem(model)}{digest[:8]}"
+
+    def names(self, model: str, fingerprint: str) -> bool:
+        """Tell whether a fingerprint is that of this version, whatever became of its files."""
+        return fingerprint.startswith(self._stem(model))
+
+    def _stem(self, model: str) -> str:
+        return f"{model}-v{self.version}-"
 
 
 class LiveWeights:

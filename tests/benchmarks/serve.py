@@ -245,6 +245,17 @@ def other_model(folder: Path, model: Path) -> Path:
     return folder
 
 
+def reward_model(folder: Path, model: Path) -> Path:
+    """Write a reward model that was not trained."""
+    from transformers import AutoTokenizer
+
+    from rayrlhf.models.scalar_head import ScalarHeadModel
+
+    ScalarHeadModel.from_causal_lm(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def give_weights(url: str, folder: Path) -> str:
     answer = httpx.post(
         f"{url}/admin/weights", json={"folder": str(folder)}, headers=HEAD, timeout=600
@@ -348,6 +359,21 @@ def soak(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, float
         "chat": ({200}, "/v1/chat/completions", {"json": small}),
         "stream": ({200}, "/v1/chat/completions", {"json": {**small, "stream": True}}),
         "log-probs": ({200}, "/v1/completions", {"json": {"prompt": "The", "logprobs": 2}}),
+        "score": (
+            {200},
+            "/v1/score",
+            {"json": {"prompt": "The film", "responses": ["is long", "was"]}},
+        ),
+        "too many scores": (
+            {422},
+            "/v1/score",
+            {"json": {"prompt": "a", "responses": ["b"] * 1000}},
+        ),
+        "too long to score": (
+            {422},
+            "/v1/score",
+            {"json": {"prompt": "a b " * 8000, "responses": ["b"]}},
+        ),
         "too many tokens": (
             {422},
             "/v1/completions",
@@ -367,7 +393,8 @@ def soak(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, float
         ),
     }
     memory: list[float] = []
-    with ours(folder, model) as (url, server):
+    scorer = str(reward_model(folder / "reward", model))
+    with ours(folder, model, reward=scorer) as (url, server):
         rng = random.Random(0)
 
         def ask() -> None:

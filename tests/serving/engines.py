@@ -41,6 +41,7 @@ class FakeEngine:
         self.load_error: BaseException | None = None
         self.loaded: list[Live] = []
         self.restarts = 0
+        self.stream_error = ""
 
     async def answer(self, kind: Kind, body: dict[str, Any]) -> Answer:
         self.asked.append(body)
@@ -63,6 +64,8 @@ class FakeEngine:
             place = {"delta": {"content": word}} if kind == "chat" else {"text": word}
             tree = {"id": f"{kind}-s{len(self.asked)}", "choices": [{"index": 0, **place}]}
             yield f"data: {json.dumps(tree)}\n\n"
+        if self.stream_error:  # as vLLM has it
+            yield f"data: {json.dumps({'error': {'message': self.stream_error}})}\n\n"
         yield "data: [DONE]\n\n"
 
     async def _work(self) -> None:

@@ -3,15 +3,18 @@
 import asyncio
 import json
 import random
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import text
 
+from rayrlhf.serving.database import Database
 from rayrlhf.serving.endpoint import create_app
 from rayrlhf.serving.exchange import voted_records
 from rayrlhf.serving.frontend import Frontend
@@ -302,6 +305,34 @@ def test_an_engine_that_did_not_get_the_new_weights_starts_again(tmp_path: Path)
     assert frontend.weights.of("a").version == 2
 
 
+def test_an_engine_that_came_up_with_the_old_weights_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrlhf.serving.frontend.LOOK_EVERY_S", 0.02)
+    frontend = endpoint(tmp_path, replicas=2)
+    first, second = frontend.engines["a"]
+    assert isinstance(first, FakeEngine) and isinstance(second, FakeEngine)
+    old = first.version
+    with client_of(frontend) as client:
+        client.post("/admin/weights", json={"folder": str(save_model(tmp_path / "new"))})
+        time.sleep(0.2)
+        assert (first.restarts, second.restarts) == (0, 0)
+        first.version = old  # as a replica has it that read what is live before the change
+        until(lambda: first.restarts > 0)
+        first.version = second.version
+        time.sleep(0.1)
+        restarts = first.restarts
+        time.sleep(0.2)
+    assert (first.restarts, second.restarts) == (restarts, 0)
+
+
+def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_metrics(client: TestClient) -> None:
     client.post("/v1/chat/completions", json=ASK)
     client.post("/v1/chat/completions", content=b"{")
@@ -349,6 +380,38 @@ def test_votes_become_comparisons(tmp_path: Path, store: Store) -> None:
     assert best == "b-v1-00000000" == first["models"][first["ranks"].index(1)]
     assert records[1]["ranks"] == [1, 1]
     assert "one two" in records[2]["responses"]
+
+
+@pytest.mark.parametrize("how", ["broken off", "echo"])
+def test_what_cannot_be_voted_on(tmp_path: Path, store: Store, how: str) -> None:
+    frontend = endpoint(tmp_path, votes=Votes(store, max_votable=9))
+    ask = {"model": "a", "prompt": "hello"}
+    with client_of(frontend) as client:
+
+        def stream(**changes: Any) -> str:
+            done = client.post("/v1/completions", json={**ask, "stream": True, **changes})
+            return str(json.loads(done.text.splitlines()[0].removeprefix("data: "))["id"])
+
+        good = stream()
+        if how == "broken off":
+            engine_of(frontend).stream_error = "the model fell over"
+        bad = stream(echo=how == "echo")
+        body = {"completions": [good, bad], "winner": good}
+        assert refusal(client.post("/v1/votes", json=body))[0] == 404
+
+
+def test_a_database_that_does_not_answer(tmp_path: Path, database: Database, store: Store) -> None:
+    frontend = endpoint(tmp_path, votes=Votes(store, max_votable=9))
+    with client_of(frontend) as client:
+        ask = {"model": "a", "prompt": "hello"}
+        pair = [client.post("/v1/completions", json=ask).json()["id"] for _ in range(2)]
+        body = {"completions": pair, "winner": pair[0]}
+        with database.writing() as connection:
+            connection.execute(text("ALTER TABLE battles RENAME TO elsewhere"))
+        assert refusal(client.post("/v1/votes", json=body))[0] == 503
+        with database.writing() as connection:
+            connection.execute(text("ALTER TABLE elsewhere RENAME TO battles"))
+        assert client.post("/v1/votes", json=body).status_code == 200
 
 
 def test_votes_are_off(client: TestClient) -> None:
