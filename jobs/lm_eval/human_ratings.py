@@ -1,6 +1,17 @@
-"""Records of the built-in human ratings for the tasks beside this file, out of rayrlhf's cache.
+r"""Records of the built-in human ratings for the tasks beside this file, out of rayrlhf's cache.
 
-lm-eval runs in an environment of its own, so nothing of rayrlhf is imported here.
+lm-eval runs in an environment of its own, so nothing of rayrlhf is imported here. It asks what
+`rayrlhf serve` serves:
+
+    rayrlhf serve configs/quickstart.yaml --follow runs/quickstart/ppo
+    python -m venv lm && lm/bin/pip install "lm-eval[api]" transformers
+    OPENAI_API_KEY=$(cat runs/quickstart/serve/token) lm/bin/lm-eval run \
+        --model local-completions --batch_size 16 --model_args \
+    model=ppo,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=runs/quickstart/ppo/final,\
+    tokenizer_backend=huggingface,max_length=128,num_concurrent=8 \
+        --include_path jobs/lm_eval --tasks human_ratings_best,human_ratings_texts
+
+`max_length` is what the model reads, in tokens.
 """
 
 import json

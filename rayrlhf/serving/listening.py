@@ -3,9 +3,11 @@
 import errno
 import socket
 import time
+from collections.abc import Mapping
 
 from ray import serve
 from ray.serve.context import _get_global_client
+from ray.serve.schema import DeploymentStatusOverview
 
 from rayrlhf import console, session
 from rayrlhf.config import RecipeError
@@ -14,6 +16,7 @@ LOOK_EVERY_S = 5.0
 """Seconds between two looks at the state of the application."""
 PORT_S = 30.0
 """How long a port that is still in use is waited for: that of a server killed just now."""
+LOGS = "what its processes wrote is below /tmp/ray/session_latest/logs on their node"
 
 
 def wait_for_port(section: str, host: str, port: int) -> None:
@@ -46,7 +49,10 @@ def wait_for_port(section: str, host: str, port: int) -> None:
 
 
 def listen(application: serve.Application, name: str, host: str, port: int) -> None:
-    """Run an application, named `name`, and return when it answers."""
+    """Run an application, named `name`, and return when it answers.
+
+    Raises RuntimeError with the reason when a part of it does not start.
+    """
     serve.start(
         proxy_location="HeadOnly" if session.is_local() else "EveryNode",
         http_options={"host": host, "port": port},
@@ -57,7 +63,27 @@ def listen(application: serve.Application, name: str, host: str, port: int) -> N
             f"host={host}, port={port}: Serve of this cluster listens on {at.host}:{at.port} "
             "already: set host and port to these, or end it with `serve shutdown`"
         )
-    serve.run(application, name=name, route_prefix="/")
+    try:
+        serve.run(application, name=name, route_prefix="/")
+    except RuntimeError as error:
+        said = reasons({k: v.message for k, v in _deployments(name).items()})
+        raise RuntimeError(f"{error} {said or 'no deployment says why'}; {LOGS}") from error
+
+
+def _deployments(name: str) -> Mapping[str, DeploymentStatusOverview]:
+    application = serve.status().applications.get(name)
+    return {} if application is None else application.deployments
+
+
+def reasons(messages: Mapping[str, str]) -> str:
+    """Return the last line of each deployment's traceback that says something."""
+    found = []
+    for name, message in messages.items():
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        said = [line for line in lines if not line.startswith("For further information")]
+        if said:
+            found.append(f"{name}: {said[-1][:500]}")
+    return "; ".join(found)
 
 
 def url(host: str, port: int) -> str:

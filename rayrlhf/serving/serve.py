@@ -120,7 +120,8 @@ def model_folders(recipe: Recipe) -> dict[str, str]:
     cfg = section_of(recipe)
     found = {}
     for name, model in cfg.models.items():
-        found[name] = _checked(f"serve.models.{name}.path", builtin.resolve(model.path))
+        key = f"serve.models.{name}.path"
+        found[name] = _checked(key, builtin.resolve(model.path), cfg.max_length)
     followed = followed_folder(recipe)
     if followed is not None:
         assert cfg.follow is not None, "only a stage that is named has a folder"
@@ -130,22 +131,32 @@ def model_folders(recipe: Recipe) -> dict[str, str]:
                 f"serve.follow={cfg.follow}: {followed} has no whole checkpoint and no final model "
                 f"yet: start after the first one, or run rayrlhf {cfg.follow}"
             )
-        found[cfg.follow] = _checked("serve.follow", str(begun.absolute()))
+        found[cfg.follow] = _checked("serve.follow", str(begun.absolute()), cfg.max_length)
     if cfg.reward is not None:
         _checked("serve.reward", builtin.resolve(cfg.reward))
     return found
 
 
-def _checked(key: str, folder: str) -> str:
-    """Return a model's place as a whole path; raises RecipeError, which names `key`."""
+def _checked(key: str, folder: str, max_length: int | None = None) -> str:
+    """Return a model's place as a whole path; raises RecipeError, which names `key`.
+
+    `max_length` is what it has to read, in tokens; None where that is its own affair.
+    """
     try:
-        load_config(folder)
+        # GPT-2's n_positions has this name, too.
+        room = getattr(load_config(folder), "max_position_embeddings", None)
         place = Path(folder)
         if place.is_dir():
             tensor_shapes(place)
-            return str(place.absolute())
     except ValueError as error:
         raise RecipeError(f"{key}: {error}") from None
+    if max_length is not None and room is not None and max_length > room:
+        raise RecipeError(
+            f"serve.max_length={max_length}: {key}={folder} reads {room} tokens: set "
+            f"serve.max_length to {room} or less, or leave it out"
+        )
+    if place.is_dir():
+        return str(place.absolute())
     from huggingface_hub import snapshot_download
 
     try:

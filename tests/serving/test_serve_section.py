@@ -71,6 +71,8 @@ def test_what_is_wrong_is_said_before_ray_starts(
     assert "no section serve" in says(place, "serve=null", "model.path=x", "tokenizer.path=x")
     assert "serve.models.a.path: somewhere: not a folder" in says(place)
     assert "has no whole checkpoint" in says(place, model, "serve.follow=ppo")
+    long = says(place, model, "serve.max_length=100000")
+    assert f"serve.max_length=100000: serve.models.a.path={tiny_model} reads " in long
     assert "serve.reward: nowhere: not a folder" in says(place, model, "serve.reward=nowhere")
     assert "cannot listen there" in says(place, model, "serve.host=203.0.113.1")
     monkeypatch.setenv("RAYRLHF_SERVE_TOKEN", "short")
