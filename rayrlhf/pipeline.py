@@ -14,7 +14,6 @@ from rayrlhf import console, lineage, metrics, session
 from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError, judge_key
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
-from rayrlhf.data.records import iter_records
 from rayrlhf.external import functions
 from rayrlhf.external.endpoints import authorization
 from rayrlhf.rl.layout import plan
@@ -50,7 +49,6 @@ def prepare(recipe: Recipe) -> None:
     check_judges(recipe)
     check_models(recipe)
     builtin.prepare(recipe)
-    check_rounds(recipe)
     session.connect(recipe)
     for stage in recipe.stages:
         if stage == "rounds":  # what its own reward and ppo ask for
@@ -100,20 +98,6 @@ def check_judges(recipe: Recipe) -> None:
             functions.check(judge_key(place, judge), functions.place_of(judge.function))
         if judge.url is not None:
             authorization(judge_key(place, judge), judge.key_env)
-
-
-def check_rounds(recipe: Recipe) -> None:
-    """Raise RecipeError for a prompt of several messages: comparisons have one text before them."""
-    if recipe.rounds is None or recipe.ppo is None:
-        return
-    own = recipe.rounds.prompts
-    key, path = ("ppo.prompts", recipe.ppo.prompts) if own is None else ("rounds.prompts", own)
-    for number, record in enumerate(iter_records(path, "prompt"), start=1):
-        if len(record.get("messages", ())) > 1:
-            raise RecipeError(
-                f"{key}={path}: prompt {number} has several messages, and rounds compare answers "
-                "to one: keep the user's message only, or name other prompts in rounds.prompts"
-            )
 
 
 def check_models(recipe: Recipe) -> None:

@@ -129,7 +129,7 @@ def encode_comparison(
 ) -> Comparison | None:
     """Tokenize a comparison; None when fewer than two responses fit into `max_length` tokens."""
     eos = _eos(tokenizer)
-    prompt = encode_text(tokenizer, record["prompt"])
+    prompt = encode_prompt(record, tokenizer)
     ids = [[*prompt, *encode_text(tokenizer, text), eos] for text in record["responses"]]
     kept = [k for k, sequence in enumerate(ids) if len(sequence) <= max_length]
     if len(kept) < 2:

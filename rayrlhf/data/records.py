@@ -1,8 +1,9 @@
 """Records of data files: read, checked one by one, errors with file and line.
 
-Kinds: `document` (text), `demonstration` (prompt + response, or messages), `comparison` (prompt,
-responses, ranks; or chosen / rejected), `item` (a comparison that nobody ranked yet: its ranks, if
-any, are not read) and `prompt` (prompt, or messages). Extra columns are kept.
+Kinds: `document` (text), `demonstration` (prompt + response, or messages), `comparison` (prompt or
+messages, responses, ranks; or chosen / rejected, as texts or as whole chats), `item` (a comparison
+that nobody ranked yet: its ranks, if any, are not read) and `prompt` (prompt, or messages). Where a
+comparison has messages, models read these, and people its `prompt`. Extra columns are kept.
 """
 
 import math
@@ -14,7 +15,15 @@ from rayrlhf.config import RecipeError
 from rayrlhf.data import inputs, storage
 from rayrlhf.data.inputs import Record
 
-__all__ = ["Kind", "Record", "check", "check_exactly", "iter_records", "read_records"]
+__all__ = [
+    "Kind",
+    "Record",
+    "check",
+    "check_exactly",
+    "iter_records",
+    "prompt_text",
+    "read_records",
+]
 Kind = Literal["document", "demonstration", "comparison", "item", "prompt"]
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -86,12 +95,9 @@ def _check_prompt(where: str, record: Record) -> Record:
 
 
 def _check_comparison(where: str, record: Record) -> Record:
-    _text(where, record, "prompt")
     if "responses" not in record and ("chosen" in record or "rejected" in record):
-        _text(where, record, "chosen")
-        _text(where, record, "rejected")
-        rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
-        return {**rest, "responses": [record["chosen"], record["rejected"]], "ranks": [1, 2]}
+        return _check_pair(where, record)
+    record = _check_opening(where, record)
     responses = _responses(where, record, instead="chosen and rejected")
     ranks = _field(where, record, "ranks")
     if not isinstance(ranks, list) or not all(type(r) is int and r >= 1 for r in ranks):
@@ -108,10 +114,60 @@ def _check_comparison(where: str, record: Record) -> Record:
     return record
 
 
+def _check_pair(where: str, record: Record) -> Record:
+    """Return a comparison of what was chosen and what was rejected."""
+    pair = [_field(where, record, name) for name in ("chosen", "rejected")]
+    rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
+    if all(isinstance(each, list) for each in pair):
+        rest, pair = _split_chats(where, rest, *pair)
+    for name, text in zip(("chosen", "rejected"), pair, strict=True):
+        _text(where, {name: text}, name)
+    return {**_check_opening(where, rest), "responses": pair, "ranks": [1, 2]}
+
+
+def _split_chats(
+    where: str, record: Record, chosen: list[Any], rejected: list[Any]
+) -> tuple[Record, list[Any]]:
+    """Return the record with the messages before two answers, and the answers.
+
+    The chats may begin with what comes before, or `messages` or `prompt` has it.
+    """
+    _messages(f"{where}: chosen", {"messages": chosen}, last="assistant")
+    _messages(f"{where}: rejected", {"messages": rejected}, last="assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise RecipeError(
+            f"{where}: chosen and rejected differ before their last message, but they must answer "
+            "the same chat: correct or remove the record"
+        )
+    before = record.get("messages", record.get("prompt"))
+    opening = [*(before if isinstance(before, list) else []), *chosen[:-1]]
+    rest = {k: v for k, v in record.items() if k != "prompt" or isinstance(v, str)}
+    return {**rest, "messages": opening}, [chosen[-1]["content"], rejected[-1]["content"]]
+
+
 def _check_item(where: str, record: Record) -> Record:
-    _text(where, record, "prompt")
+    record = _check_opening(where, record)
     _responses(where, record)
     return record
+
+
+def _check_opening(where: str, record: Record) -> Record:
+    """Return a comparison or an item with the text that people read before the responses."""
+    if "messages" in record:
+        _messages(where, record, last="user")
+        record = {"prompt": prompt_text(record), **record}
+    _text(where, record, "prompt", instead="messages")
+    return record
+
+
+def prompt_text(record: Record) -> str:
+    """Return a prompt as people and judges read it: its text, or the turns of a chat."""
+    if "messages" not in record:
+        return str(record["prompt"])
+    messages = record["messages"]
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _responses(where: str, record: Record, *, instead: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayrlhf import console, lineage
 from rayrlhf.config import Recipe
-from rayrlhf.data.datasets import Record
+from rayrlhf.data.records import Record, prompt_text
 from rayrlhf.evaluation.contestants import AnswerPrompts, Prompts, answers_of, contestants
 from rayrlhf.evaluation.judges import Answer, Judge
 from rayrlhf.evaluation.length_control import length_controlled
@@ -195,16 +195,6 @@ def positions_entry(found: Positions) -> dict[str, Any]:
         "inconsistent_share": found.inconsistent / decided if decided else None,
         "first_share": found.first_wins / wins if wins else None,
     }
-
-
-def prompt_text(record: Record) -> str:
-    """Return a prompt as a judge reads it: its text, or the turns of a chat."""
-    if "messages" not in record:
-        return str(record["prompt"])
-    messages = record["messages"]
-    if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _lengths(given: Sequence[Answer]) -> Floats:

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf import console, session
 from rayrlhf.config import JudgeConfig, Recipe, RecipeError, RoundsConfig, SampleConfig, judge_key
 from rayrlhf.data.datasets import encode_prompt
-from rayrlhf.data.records import Record, read_records
-from rayrlhf.evaluation.battles import prompt_text
+from rayrlhf.data.records import Record, prompt_text, read_records
 from rayrlhf.evaluation.judges import Answer, VaderJudge
 from rayrlhf.evaluation.llm_judge import Battle, LLMJudge, settle
 from rayrlhf.evaluation.panel import seated

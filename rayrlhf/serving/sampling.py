@@ -13,7 +13,7 @@ from rayrlhf import console
 from rayrlhf.config import Recipe, RecipeError, SampleConfig
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import encode_prompts, fitting_prompts
-from rayrlhf.data.records import Record, read_records
+from rayrlhf.data.records import Record, prompt_text, read_records
 from rayrlhf.generation import Engine, request_seed
 from rayrlhf.serving import exchange
 
@@ -81,12 +81,6 @@ def sample(
     fewer than two such answers there is no record. `room` bounds a prompt, tokens. Raises
     RecipeError when no prompt has two.
     """
-    for number, record in enumerate(records, start=1):
-        if len(record.get("messages", ())) > 1:
-            raise RecipeError(
-                f"prompts={cfg.prompts}: prompt {number} has several messages, but "
-                "the page shows one: keep the user's message only"
-            )
     fitting = fitting_prompts(records, tokenizer, room)
     order = np.random.default_rng(seed).permutation(len(fitting))[: cfg.num_prompts]
     chosen = [fitting[i] for i in order]
@@ -106,7 +100,7 @@ def sample(
             if text.strip():
                 found[i].setdefault(text)
     items = [
-        {"prompt": _text(record), "responses": list(texts), "policy": cfg.model}
+        {**_opening(record), "responses": list(texts), "policy": cfg.model}
         for record, texts in zip(chosen, found, strict=True)
         if len(texts) > 1
     ]
@@ -124,5 +118,7 @@ def sample(
     return items
 
 
-def _text(record: Record) -> str:
-    return str(record["prompt"] if "prompt" in record else record["messages"][-1]["content"])
+def _opening(record: Record) -> Record:
+    """Return what comes before the responses: for people, and for models where that is a chat."""
+    chat = {"messages": record["messages"]} if "messages" in record else {}
+    return {"prompt": prompt_text(record), **chat}

@@ -65,6 +65,19 @@ def test_comparison_keeps_what_fits(tokenizer: PreTrainedTokenizerFast) -> None:
     ]
 
 
+def test_comparison_of_a_chat_begins_as_the_policy_sees_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    record = {"messages": messages, "prompt": "hi", "responses": ["a", "b"], "ranks": [1, 2]}
+    (found,) = encode_comparisons([record], tokenizer, 60)
+    (prompt,) = encode_prompts([{"messages": messages}], tokenizer, 60)
+    assert found.prompt_length == len(prompt)
+    eos = tokenizer.eos_token_id
+    assert found.ids == [[*prompt, *encode_text(tokenizer, text), eos] for text in "ab"]
+    assert tokenizer.decode(found.ids[0]) == "<|user|>hi<|end|><|assistant|>a<|endoftext|>"
+
+
 def test_prompts_stay_aligned_with_their_records(tokenizer: PreTrainedTokenizerFast) -> None:
     records = [
         {"prompt": "a" * 30},

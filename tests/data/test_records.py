@@ -17,6 +17,8 @@ GOOD: dict[Kind, dict[str, Any]] = {
     "comparison": {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]},
     "prompt": {"prompt": "a"},
 }
+ASK: dict[str, str] = {"role": "user", "content": "a"}
+SAY: dict[str, str] = {"role": "assistant", "content": "b"}
 K = "K must be from 2 to 9"
 BAD: list[tuple[Kind, dict[str, Any], str]] = [
     ("document", {"txt": "a"}, "no field text, only txt"),
@@ -33,6 +35,12 @@ BAD: list[tuple[Kind, dict[str, Any], str]] = [
     ("comparison", {"prompt": "a", "responses": ["b", 2], "ranks": [1, 2]}, "responses="),
     ("comparison", {"prompt": "a", "responses": ["b", "c"]}, "no field ranks"),
     ("comparison", {"prompt": "a", "chosen": "b"}, "no field rejected"),
+    ("comparison", {"responses": ["b", "c"], "ranks": [1, 2]}, r"no field prompt \(or messages\)"),
+    ("comparison", {"messages": [ASK, SAY], "responses": ["b", "c"]}, "must be from user"),
+    ("comparison", {"chosen": [ASK, SAY], "rejected": [SAY]}, "must answer the same chat"),
+    ("comparison", {"chosen": [ASK, SAY], "rejected": [ASK]}, "rejected: the last message is from"),
+    ("comparison", {"chosen": [ASK, SAY], "rejected": "b"}, "is list, not a string"),
+    ("comparison", {"chosen": [SAY], "rejected": [SAY]}, "messages="),
     ("prompt", {"prompt": ""}, "prompt is empty"),
     ("prompt", {"messages": []}, "messages="),
     ("prompt", {"messages": [{"role": "robot", "content": "a"}]}, "robot"),
@@ -59,6 +67,31 @@ def test_bad_record_names_file_and_line(
     with pytest.raises(RecipeError, match=message) as caught:
         read_records(path, kind)
     assert str(caught.value).startswith(f"{path}:2: ")
+
+
+OTHER = {"role": "assistant", "content": "c"}
+TURNS = [ASK, SAY, ASK]
+
+
+@pytest.mark.parametrize(
+    ("record", "messages", "prompt"),
+    [
+        ({"chosen": [ASK, SAY], "rejected": [ASK, OTHER]}, [ASK], "a"),
+        ({"prompt": [ASK], "chosen": [SAY], "rejected": [OTHER]}, [ASK], "a"),
+        ({"prompt": "said", "chosen": [ASK, SAY], "rejected": [ASK, OTHER]}, [ASK], "said"),
+        ({"messages": TURNS, "chosen": [SAY], "rejected": [OTHER]}, TURNS,
+         "user: a\n\nassistant: b\n\nuser: a"),
+        ({"messages": TURNS, "chosen": "b", "rejected": "c"}, TURNS,
+         "user: a\n\nassistant: b\n\nuser: a"),
+        ({"messages": [ASK], "responses": ["b", "c"], "ranks": [1, 2]}, [ASK], "a"),
+    ],
+)  # fmt: skip
+def test_comparisons_of_chats(record: dict[str, Any], messages: Any, prompt: str) -> None:
+    """In the forms that public preference data has, explicit and implicit."""
+    found = check("x", record, "comparison")
+    assert found == {
+        "prompt": prompt, "messages": messages, "responses": ["b", "c"], "ranks": [1, 2],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

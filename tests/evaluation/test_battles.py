@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rayrlhf import pipeline
 from rayrlhf.config import Recipe, RecipeError, parse
+from rayrlhf.data.records import prompt_text
 from rayrlhf.evaluation import evaluate as module
 from rayrlhf.evaluation import plots
-from rayrlhf.evaluation.battles import prompt_text, standings
+from rayrlhf.evaluation.battles import standings
 from rayrlhf.evaluation.contestants import contestants
 from rayrlhf.evaluation.evaluate import evaluate
 from rayrlhf.evaluation.judges import Answer

@@ -13,7 +13,6 @@ from rayrlhf.config import JudgeConfig, Recipe, RecipeError, RoundsConfig, parse
 from rayrlhf.data.records import read_records
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.evaluation.llm_judge import Battle
-from rayrlhf.pipeline import check_rounds
 from rayrlhf.rounds import collect
 from rayrlhf.rounds.accuracy import compare, scores_of
 from rayrlhf.rounds.folders import (
@@ -106,17 +105,6 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> Non
     with pytest.raises(RecipeError, match=said):
         parse({**tree, **changes})
     assert parse({**tree, "rounds": 2, "label": {"labellers": ["ann", "bob"]}}).rounds is not None
-
-
-def test_prompts_of_several_turns_are_refused_before_anything_starts(
-    make: Any, tmp_path: Path
-) -> None:
-    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    lines = [{"messages": turns[:1]}, {"messages": turns}]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    check_rounds(make(prompts=str(tmp_path / "chat.jsonl")).model_copy(update={"rounds": None}))
-    with pytest.raises(RecipeError, match="rounds.prompts=.*chat.jsonl: prompt 2 has several"):
-        check_rounds(make(prompts=str(tmp_path / "chat.jsonl")))
 
 
 def test_a_round_is_the_recipe_in_a_folder_of_its_own(make: Any) -> None:

@@ -131,6 +131,8 @@ def test_completions_of_a_policy(tiny_tokenizer: Path, capsys: pytest.CaptureFix
     assert found == sample(records, generate, tokenizer, cfg, room=30, seed=0)
     with pytest.raises(RecipeError, match="raise the temperature"):
         sample(records[1:2], generate, tokenizer, cfg, room=30, seed=0)
-    turns = [{"messages": [{"role": "user", "content": "x"}] * 2}]
-    with pytest.raises(RecipeError, match="several messages"):
-        sample(turns, generate, tokenizer, cfg, room=30, seed=0)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    chats = sample([{"messages": turns}], generate, tokenizer, cfg, room=60, seed=0)
+    assert chats[0]["messages"] == turns
+    assert chats[0]["prompt"] == "user: hi\n\nassistant: hi\n\nuser: hi"
