@@ -14,7 +14,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from rayrlhf.data.records import Record
 from rayrlhf.serving.answers import Kind
 from rayrlhf.serving.door import Door
 from rayrlhf.serving.frontend import Frontend, Reloaded
@@ -55,10 +56,18 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
+class Message(Body):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
 class ScoreBody(Body):
     """Responses to score."""
 
-    prompt: str
+    prompt: str | Annotated[list[Message], Field(min_length=1)]
+    """What comes before each of them: a text, or a chat that goes through the chat template."""
     responses: Annotated[list[str], Field(min_length=1)]
 
 
@@ -217,9 +226,12 @@ def _add_own(app: FastAPI, frontend: Frontend) -> None:
             )
         if frontend.scorer is None:
             raise Refusal(404, "no reward model is served: set serve.reward in the recipe")
-        scores = await frontend.scorer.score(body.prompt, body.responses)
+        opening: Record = {"prompt": body.prompt}
+        if not isinstance(body.prompt, str):
+            opening = {"messages": [turn.model_dump() for turn in body.prompt]}
+        scores = await frontend.scorer.score(opening, body.responses)
         if isinstance(scores, str):
-            raise Refusal(422, scores, "responses")
+            raise Refusal(422, scores)
         return Scores(model="reward", scores=scores)
 
     @app.post("/v1/votes")

@@ -12,7 +12,9 @@ import torch
 from ray import serve
 from transformers import AutoTokenizer
 
-from rayrlhf.config import ServeConfig
+from rayrlhf.config import RecipeError, ServeConfig
+from rayrlhf.data.datasets import encode_prompt
+from rayrlhf.data.records import Record, check
 from rayrlhf.data.tokenizer import encode_text
 from rayrlhf.evaluation.judges import RewardJudge
 from rayrlhf.models.scalar_head import ScalarHeadModel
@@ -97,10 +99,10 @@ class Scorer:
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.005)
     async def score(
-        self, prompts: list[str], responses: list[list[str]]
+        self, openings: list[Record], responses: list[list[str]]
     ) -> list[list[float] | str]:
-        """Return the score of each response to a prompt, or what is wrong with them."""
-        return await asyncio.to_thread(self._score, prompts, responses)
+        """Return the score of each response to a prompt or chat, or what is wrong with them."""
+        return await asyncio.to_thread(self._score, openings, responses)
 
     async def watch(self) -> AsyncIterator[str]:
         """Yield a name at once, and never end."""
@@ -108,26 +110,28 @@ class Scorer:
         await asyncio.Event().wait()
 
     def _score(
-        self, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+        self, openings: Sequence[Record], responses: Sequence[Sequence[str]]
     ) -> list[list[float] | str]:
-        rows = [self._encode(*pair) for pair in zip(prompts, responses, strict=True)]
-        faults = [self._fault(each) for each in rows]
-        fit = [ids for each, fault in zip(rows, faults, strict=True) if not fault for ids in each]
+        asked = [self._encode(*pair) for pair in zip(openings, responses, strict=True)]
+        fit = [ids for each in asked if not isinstance(each, str) for ids in each]
         scores = iter(self._judge.score_ids(fit).tolist() if fit else [])
-        return [
-            fault or [next(scores) for _ in each] for each, fault in zip(rows, faults, strict=True)
-        ]
+        return [each if isinstance(each, str) else [next(scores) for _ in each] for each in asked]
 
-    def _encode(self, prompt: str, responses: Sequence[str]) -> list[list[int]]:
-        """Return the token ids as the reward model was trained on them."""
-        before, end = encode_text(self._tokenizer, prompt), self._tokenizer.eos_token_id
-        return [[*before, *encode_text(self._tokenizer, text), end] for text in responses]
-
-    def _fault(self, rows: Sequence[list[int]]) -> str:
+    def _encode(self, opening: Record, responses: Sequence[str]) -> list[list[int]] | str:
+        """Return the token ids as the reward model was trained on them, or what is wrong."""
+        try:
+            chat = "messages" in opening
+            before = encode_prompt(
+                check("prompt", opening, "prompt") if chat else opening, self._tokenizer
+            )
+        except RecipeError as error:
+            return str(error)
+        end = self._tokenizer.eos_token_id
+        rows = [[*before, *encode_text(self._tokenizer, text), end] for text in responses]
         longest = max(len(ids) for ids in rows)
-        if longest <= self._room:
-            return ""
-        return (
-            f"prompt and response have {longest} tokens, and the reward model reads "
-            f"{self._room}: shorten them"
-        )
+        if longest > self._room:
+            return (
+                f"prompt and response have {longest} tokens, and the reward model reads "
+                f"{self._room}: shorten them"
+            )
+        return rows

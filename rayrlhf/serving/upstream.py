@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from rayrlhf.data.records import Record
 from rayrlhf.serving.answers import Answer, Kind
 from rayrlhf.serving.refusals import Refusal
 from rayrlhf.serving.weights import Live
@@ -53,8 +54,11 @@ class Upstream(Protocol):
 class Scoring(Protocol):
     """A reward model that scores."""
 
-    async def score(self, prompt: str, responses: list[str]) -> list[float] | str:
-        """Return a score per response, or what is wrong with them; raises Refusal (503)."""
+    async def score(self, opening: Record, responses: list[str]) -> list[float] | str:
+        """Return a score per response to a `prompt` or `messages`, or what is wrong with them.
+
+        Raises Refusal (503).
+        """
         ...
 
     async def watch(self) -> None:
@@ -167,10 +171,11 @@ class ServeUpstream(_Watched):
 class ServeScorer(_Watched):
     """A reward model that is a deployment."""
 
-    async def score(self, prompt: str, responses: list[str]) -> list[float] | str:
+    async def score(self, opening: Record, responses: list[str]) -> list[float] | str:
         """Return a score per response, or what is wrong with them."""
         self._require_up()
-        scores: list[float] | str = await self._call(self._handle.score.remote(prompt, responses))
+        called = self._handle.score.remote(opening, responses)
+        scores: list[float] | str = await self._call(called)
         return scores
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rayrlhf.config import ServeConfig
+from rayrlhf.data.records import Record
 from rayrlhf.serving.answers import Answer, Kind
 from rayrlhf.serving.frontend import Frontend
 from rayrlhf.serving.refusals import Refusal
@@ -94,7 +95,11 @@ class FakeEngine:
 class FakeScorer:
     """Scores a response by its length; refuses long ones."""
 
-    async def score(self, prompt: str, responses: list[str]) -> list[float] | str:
+    def __init__(self) -> None:
+        self.asked: list[Record] = []
+
+    async def score(self, opening: Record, responses: list[str]) -> list[float] | str:
+        self.asked.append(opening)
         if any(len(text) > 1000 for text in responses):
             return "prompt and response have too many tokens: shorten them"
         return [float(len(text)) for text in responses]

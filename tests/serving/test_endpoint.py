@@ -20,7 +20,7 @@ from rayrlhf.serving.exchange import voted_records
 from rayrlhf.serving.frontend import Frontend
 from rayrlhf.serving.store import Store
 from rayrlhf.serving.votes import Votes
-from tests.serving.engines import ASK, TOKEN, FakeEngine, endpoint, save_model
+from tests.serving.engines import ASK, TOKEN, FakeEngine, FakeScorer, endpoint, save_model
 
 TWO = {"a": {"path": "a", "share": 3}, "b": {"path": "b"}}
 
@@ -249,6 +249,17 @@ def test_scores(client: TestClient) -> None:
     assert answer.json() == {"model": "reward", "scores": [1.0, 3.0]}
     for responses in ([], ["a"] * 4, ["x" * 1001], "text", [1]):
         body = {"prompt": "x", "responses": responses}
+        assert refusal(client.post("/v1/score", json=body))[:2] == (422, "invalid_value")
+
+
+def test_scores_of_answers_in_a_chat(frontend: Frontend, client: TestClient) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    answer = client.post("/v1/score", json={"prompt": turns, "responses": ["a"]})
+    assert answer.json()["scores"] == [1.0]
+    assert isinstance(frontend.scorer, FakeScorer)
+    assert frontend.scorer.asked == [{"messages": turns}]
+    for wrong in ([], [{"role": "robot", "content": "a"}], [{"role": "user"}], ["hi"]):
+        body = {"prompt": wrong, "responses": ["a"]}
         assert refusal(client.post("/v1/score", json=body))[:2] == (422, "invalid_value")
 
 

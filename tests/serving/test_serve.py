@@ -54,6 +54,7 @@ def write_reward(source: Path, folder: Path) -> Path:
     model.shift = 0.25
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
@@ -241,15 +242,21 @@ def test_scores_are_those_of_the_reward_model(server: Server) -> None:
         AutoTokenizer.from_pretrained(folder),
     )
     prompt, responses = "The movie", [" is good.", " is a bad one, and long.", ""]
-    wanted = []
-    for text in responses:
-        ids = [*encode_text(tokenizer, prompt), *encode_text(tokenizer, text)]
-        row = torch.tensor([[*ids, tokenizer.eos_token_id]])
-        with torch.no_grad():
-            outputs = model(row, torch.ones_like(row))
-        wanted.append(float(last_scores(outputs, torch.tensor([row.shape[1]]))))
-    answer = server.http.post("/v1/score", json={"prompt": prompt, "responses": responses})
-    assert answer.json()["scores"] == pytest.approx(wanted, abs=1e-5)
+    chat = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for asked, before in ((prompt, prompt), (chat, rendered)):
+        wanted = []
+        for text in responses:
+            start = tokenizer.encode(before, add_special_tokens=False)
+            row = torch.tensor([[*start, *encode_text(tokenizer, text), tokenizer.eos_token_id]])
+            with torch.no_grad():
+                outputs = model(row, torch.ones_like(row))
+            wanted.append(float(last_scores(outputs, torch.tensor([row.shape[1]]))))
+        answer = server.http.post("/v1/score", json={"prompt": asked, "responses": responses})
+        assert answer.json()["scores"] == pytest.approx(wanted, abs=1e-5)
+    last = [{"role": "assistant", "content": "x"}]
+    said = server.http.post("/v1/score", json={"prompt": last, "responses": ["a"]})
+    assert said.status_code == 422 and "must be from user" in said.json()["error"]["message"]
     long = {"prompt": prompt, "responses": ["a film " * 100]}
     refused = server.http.post("/v1/score", json=long)
     assert refused.status_code == 422 and "64" in refused.json()["error"]["message"]
