@@ -38,7 +38,9 @@ TOKEN = "token"
 FRONT_CPUS = 0.1
 HEALTH_S = 2.0
 """Seconds between two looks of Serve at an engine."""
-STOP_S = 5.0
+FRONT_STOPS = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.5}
+MODEL_STOPS = {"graceful_shutdown_timeout_s": 1.0, "graceful_shutdown_wait_loop_s": 0.5}
+"""The front goes first, when its answers are done: what a model has left is a call that watches."""
 MARGIN = 64
 """Requests beyond the limit that reach the front, to be refused there instead of queueing."""
 
@@ -94,7 +96,7 @@ def application(
                 name=f"{model}-{number}",
                 max_ongoing_requests=cfg.limits.max_concurrent + MARGIN,
                 health_check_period_s=HEALTH_S,
-                graceful_shutdown_timeout_s=STOP_S,
+                **MODEL_STOPS,
                 ray_actor_options={
                     "num_cpus": engine.cpus,
                     "num_gpus": engine.gpus,
@@ -106,7 +108,7 @@ def application(
     front = serve.deployment(
         Front,
         max_ongoing_requests=4 * cfg.limits.max_concurrent + MARGIN,
-        graceful_shutdown_timeout_s=STOP_S,
+        **FRONT_STOPS,
         ray_actor_options={
             "num_cpus": FRONT_CPUS,
             "resources": {f"node:{ray.util.get_node_ip_address()}": 0.001} if is_here else {},
@@ -180,7 +182,7 @@ def _scorer(recipe: Recipe) -> serve.Application | None:
         Scorer,
         name="reward",
         max_ongoing_requests=section_of(recipe).limits.max_concurrent + MARGIN,
-        graceful_shutdown_timeout_s=STOP_S,
+        **MODEL_STOPS,
         ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
     )
     folder = _checked("serve.reward", builtin.resolve(reward))
