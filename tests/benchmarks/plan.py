@@ -10,6 +10,7 @@ the quickstart's sizes with random weights, or the metrics of a finished run of 
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def run_ppo(folder: Path) -> Path:
     subprocess.run([*call, "corpus", recipe, *own], cwd=ROOT, check=True)
     cfg = load(recipe)
     model, scorer = folder / "model", folder / "scorer"
+    for place in (model, scorer):
+        shutil.copytree(run / "tokenizer", place)
     write_model(shapes.policy(cfg), model, max_length=cfg.model.max_length)
     ScalarHeadModel.from_causal_lm(model).save_pretrained(scorer)
     off = [f"{stage}=null" for stage in ("pretrain", "sft", "reward", "dpo", "evaluate")]
