@@ -90,12 +90,12 @@ def _of_stages(recipe: Recipe, cluster: Cluster, stages: Mapping[str, Need]) -> 
 def _of_ppo(recipe: Recipe, cluster: Cluster, needs: Mapping[Role, Need]) -> Iterator[Shortfall]:
     layout = layouts.plan(recipe)
     seen: set[tuple[tuple[str, int], ...]] = set()
-    for bundle, roles in enumerate(_roles_of(layout)):
+    for roles in _devices(cluster, layout):
         key = tuple(sorted((role, count) for role, count in roles.items()))
-        if key in seen or not layout.bundles[bundle].get("GPU"):
+        if key in seen:
             continue
         seen.add(key)
-        here = [needs[role] for role in roles]
+        here = [needs[role] for role, count in roles.items() for _ in range(count)]
         turns = _turns(here) if layout.takes_turns and len(here) > 1 else _together(here)
         for who, needed in turns:
             others = ", ".join(role for role in roles if role != who)
@@ -106,6 +106,32 @@ def _of_ppo(recipe: Recipe, cluster: Cluster, needs: Mapping[Role, Need]) -> Ite
         yield from _cache_short(recipe, rollout, cluster)
     for who, host in _hosts(recipe, cluster, layout, needs):
         yield from _if_host_short(who, host, cluster)
+
+
+def _devices(cluster: Cluster, layout: layouts.Layout) -> list[dict[Role, int]]:
+    """Return the workers of each role on each GPU, or on the GPUs that one worker has.
+
+    Bundles of a part of a GPU come to the fullest one of their node that has room, as in Ray.
+    """
+    found: list[dict[Role, int]] = []
+    parts: list[tuple[int, float, dict[Role, int]]] = []  # node, part that is free, roles
+    roles_of, nodes = _roles_of(layout), _nodes_of(cluster, layout)
+    for bundle, (roles, node) in enumerate(zip(roles_of, nodes, strict=True)):
+        share = layout.bundles[bundle].get("GPU", 0.0)
+        if share >= 1:
+            found.append(roles)
+        elif share > 0:
+            fitting = [
+                (free, index)
+                for index, (other, free, _) in enumerate(parts)
+                if other == node and free + 1e-9 >= share
+            ]
+            free, index = min(fitting, default=(1.0, len(parts)))
+            here = dict(parts[index][2]) if fitting else {}
+            for role, count in roles.items():
+                here[role] = here.get(role, 0) + count
+            parts[index : index + 1] = [(node, free - share, here)]
+    return found + [roles for _, _, roles in parts]
 
 
 def _roles_of(layout: layouts.Layout) -> list[dict[Role, int]]:
@@ -125,10 +151,10 @@ def _engine_takes(need: Need) -> float:
 
 def _together(here: Sequence[Need]) -> list[tuple[str, float]]:
     """Return (who has the most, bytes) where all are awake."""
-    sizes = {
-        need.name: _engine_takes(need) if need.name == "rollout" else on_device(need.memory)
-        for need in here
-    }
+    sizes: dict[str, float] = {}
+    for need in here:
+        size = _engine_takes(need) if need.name == "rollout" else on_device(need.memory)
+        sizes[need.name] = sizes.get(need.name, 0.0) + size
     return [(max(sizes, key=lambda name: sizes[name]), sum(sizes.values()))]
 
 
