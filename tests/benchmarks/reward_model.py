@@ -28,6 +28,7 @@ QUICK = (
     "sft=null",
     "reward.init=builtin:smollm2-135m-instruct",
     "reward.max_steps=1",
+    "reward.batch_size=4",
     "reward.validation=null",
 )
 SECTIONS = ("dpo=null", "ppo=null", "evaluate=null")
@@ -102,7 +103,7 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             args.seeds, args.folder = 1, Path(folder)
-            report(args, limit=40)
+            report(args, limit=16)
     else:
         report(args, limit=None)
 
