@@ -29,12 +29,11 @@ RELEASE_S = 20.0
 SERVE = {
     # Serve kills a proxy that is not ready in 5 s, and on a busy machine none ever is.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # Ten looks of its controller a second, threads of their own for loops that never block, and a
-    # second copy of each log take 5% of a laptop from the engine. A dead replica is seen 1 s later.
+    # Ten looks of its controller a second, and threads of their own for loops that never block,
+    # take 5% of a laptop from the engine. A dead replica is seen 1 s later.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 
 

@@ -40,7 +40,7 @@ from rayrlhf.data.tokenizer import load_tokenizer
 
 BYTES_IN_PLACE = 32 * 2**20
 """Smaller data is encoded where it is needed, without a job; also what one task reads."""
-_FORMAT = 3
+_FORMAT = 4
 _RECORDS_PER_BATCH = 1024
 _SCHEMA = pa.schema(
     [

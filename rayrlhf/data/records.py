@@ -6,6 +6,7 @@ that nobody ranked yet: its ranks, if any, are not read) and `prompt` (prompt, o
 comparison has messages, models read these, and people its `prompt`. Extra columns are kept.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "Record",
     "check",
     "check_exactly",
+    "identity",
     "iter_records",
     "prompt_text",
     "read_records",
@@ -130,7 +132,8 @@ def _split_chats(
 ) -> tuple[Record, list[Any]]:
     """Return the record with the messages before two answers, and the answers.
 
-    The chats may begin with what comes before, or `messages` or `prompt` has it.
+    The chats begin with what comes before, or `messages` or `prompt` has it where they are only the
+    answers. Beside whole chats, some data has more columns with these names.
     """
     _messages(f"{where}: chosen", {"messages": chosen}, last="assistant")
     _messages(f"{where}: rejected", {"messages": rejected}, last="assistant")
@@ -139,8 +142,8 @@ def _split_chats(
             f"{where}: chosen and rejected differ before their last message, but they must answer "
             "the same chat: correct or remove the record"
         )
-    before = record.get("messages", record.get("prompt"))
-    opening = [*(before if isinstance(before, list) else []), *chosen[:-1]]
+    before = record.get("messages") or record.get("prompt")
+    opening = chosen[:-1] or (before if isinstance(before, list) else [])
     rest = {k: v for k, v in record.items() if k != "prompt" or isinstance(v, str)}
     return {**rest, "messages": opening}, [chosen[-1]["content"], rejected[-1]["content"]]
 
@@ -153,11 +156,33 @@ def _check_item(where: str, record: Record) -> Record:
 
 def _check_opening(where: str, record: Record) -> Record:
     """Return a comparison or an item with the text that people read before the responses."""
+    if "messages" in record and _is_beside(record):
+        record = {name: value for name, value in record.items() if name != "messages"}
     if "messages" in record:
         _messages(where, record, last="user")
         record = {"prompt": prompt_text(record), **record}
     _text(where, record, "prompt", instead="messages")
     return record
+
+
+def _is_beside(record: Record) -> bool:
+    """Tell whether `messages` is no prompt: nothing, or a whole chat beside a text."""
+    messages = record["messages"]
+    if messages is None:
+        return True
+    is_whole = isinstance(messages, list) and bool(messages) and isinstance(messages[-1], dict)
+    return (
+        is_whole
+        and messages[-1].get("role") == "assistant"
+        and isinstance(record.get("prompt"), str)
+    )
+
+
+def identity(record: Record) -> str:
+    """Return what tells the prompt of a comparison from others: what models read of it."""
+    if "messages" in record:
+        return json.dumps(record["messages"], sort_keys=True)
+    return str(record["prompt"])
 
 
 def prompt_text(record: Record) -> str:

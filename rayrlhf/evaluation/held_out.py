@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf.config import Recipe
 from rayrlhf.data.datasets import Record, encode_comparisons, pad
 from rayrlhf.data.packing import microbatches
+from rayrlhf.data.records import identity
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.evaluation.agreement import (
     PairAccuracy,
@@ -87,17 +88,23 @@ class _Row:
 
     @property
     def text(self) -> str:
-        text: str = self.record["prompt"] + self.record["responses"][self.k]
+        between = "\n\n" if "messages" in self.record else ""
+        text: str = self.record["prompt"] + between + self.record["responses"][self.k]
         return text
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others: the text, and the chat where it is an answer in one."""
+        return self.text, identity(self.record) if "messages" in self.record else ""
 
 
 def _distinct(rows: Sequence[_Row]) -> RatedTexts:
     """Keep the first of equal texts."""
     rated = all(row.record.get("ratings") is not None for row in rows)
     judged = all(row.record.get("single_ratings") is not None for row in rows)
-    first: dict[str, _Row] = {}
+    first: dict[tuple[str, str], _Row] = {}
     for row in rows:
-        first.setdefault(row.text, row)
+        first.setdefault(row.key, row)
     kept = list(first.values())
     groups: dict[int, list[int]] = {}
     for number, row in enumerate(kept):

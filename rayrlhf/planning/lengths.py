@@ -128,12 +128,20 @@ def _characters(path: str) -> list[int]:
     """Return the characters of the first records: of a sequence, its prompt included."""
     found = []
     for record in islice(_records(path), NUM_READ):
-        turns = record.get("messages") or ()
-        responses = [record.get(key) for key in ("response", "chosen", "rejected")]
-        texts = [*map(str, filter(None, responses)), *map(str, record.get("responses") or ())]
-        opening = [str(record.get("prompt", "")), *(str(turn.get("content")) for turn in turns)]
-        found.append(sum(map(len, opening)) + sum(map(len, texts)) // max(1, len(texts)))
+        answers = [record.get(key) for key in ("response", "chosen", "rejected")]
+        answers = [*filter(None, answers), *(record.get("responses") or ())]
+        has_opening = any(isinstance(each, list) and len(each) > 1 for each in answers)
+        opening = None if has_opening else record.get("messages") or record.get("prompt")
+        mean = sum(map(_length, answers)) // max(1, len(answers))
+        found.append(_length(opening) + mean)
     return found
+
+
+def _length(said: Any) -> int:
+    """Return the characters of a text, or of a chat."""
+    if isinstance(said, list):
+        return sum(len(str(turn.get("content"))) for turn in said if isinstance(turn, dict))
+    return len(str(said or ""))
 
 
 def _records(path: str) -> Iterator[dict[str, Any]]:

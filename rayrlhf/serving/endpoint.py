@@ -66,7 +66,7 @@ class Message(Body):
 class ScoreBody(Body):
     """Responses to score."""
 
-    prompt: str | Annotated[list[Message], Field(min_length=1)]
+    prompt: str | Annotated[list[Message], Field(min_length=1, max_length=128)]
     """What comes before each of them: a text, or a chat that goes through the chat template."""
     responses: Annotated[list[str], Field(min_length=1)]
 
@@ -148,7 +148,8 @@ def _put_errors_into_form(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        # Of what fits none of several forms, the one that fits furthest.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         text = f"{place}: {first['msg']}" if place else str(first["msg"])
         return Refusal(422, text, place or None).response()
@@ -231,7 +232,7 @@ def _add_own(app: FastAPI, frontend: Frontend) -> None:
             opening = {"messages": [turn.model_dump() for turn in body.prompt]}
         scores = await frontend.scorer.score(opening, body.responses)
         if isinstance(scores, str):
-            raise Refusal(422, scores)
+            raise Refusal(422, scores, "responses" if isinstance(body.prompt, str) else "prompt")
         return Scores(model="reward", scores=scores)
 
     @app.post("/v1/votes")

@@ -212,21 +212,25 @@ class Frontend:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _mend(self) -> None:
-        """Start engines again that came up while weights changed, and have the old ones."""
-        seen: set[Upstream] = set()
+        """Give what is live to engines that came up while it changed, and have something else."""
+        said = ""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            behind = set()
             for model, engines in self.engines.items():
-                if self._turns[model].locked():
-                    continue
-                live = await asyncio.to_thread(self.weights.of, model)
-                if not self._turns[model].locked():
-                    behind |= {e for e in engines if e.version and not live.names(model, e.version)}
-            for engine in behind & seen:  # one that is new tells its version a moment later
-                print(f"serve: {engine.version} is not what is live: started again", flush=True)
-                await engine.restart()
-            seen = behind
+                for engine in engines:
+                    try:
+                        await self._catch_up(model, engine)
+                    except Exception as error:  # the next look may see it well again
+                        if repr(error) != said:
+                            said = repr(error)
+                            print(f"serve: {model} cannot catch up: {said}"[:500], flush=True)
+
+    async def _catch_up(self, model: str, engine: Upstream) -> None:
+        async with self._turns[model]:
+            live = await asyncio.to_thread(self.weights.of, model)
+            if engine.version and not live.names(model, engine.version):
+                print(f"serve: {engine.version} is not live: version {live.version} is", flush=True)
+                await engine.load(live, self.cfg.limits.timeout_s + LOOK_EVERY_S)
 
     async def _follow(self, stage: Path) -> None:
         """Let each newer checkpoint of a stage go live; what does not fit is said once."""

@@ -25,6 +25,8 @@ from rayrlhf.serving.weights import Live, LiveWeights
 LOOK_S = 0.1
 MAX_BATCH = 16
 """Requests to the reward model that are scored together."""
+CHARACTERS = 32
+"""Of a chat for each token that a reward model reads; more cannot fit."""
 TOKENS_PER_BATCH = 4096
 """Of the reward model's forward passes, padding included."""
 
@@ -119,6 +121,13 @@ class Scorer:
 
     def _encode(self, opening: Record, responses: Sequence[str]) -> list[list[int]] | str:
         """Return the token ids as the reward model was trained on them, or what is wrong."""
+        turns = opening.get("messages", ())
+        characters = sum(len(turn["content"]) for turn in turns)
+        if characters > CHARACTERS * self._room:  # rendering takes time
+            return (
+                f"the chat has {characters} characters, and the reward model reads {self._room} "
+                "tokens: shorten it"
+            )
         try:
             chat = "messages" in opening
             before = encode_prompt(

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from transformers import PreTrainedConfig
 
 from rayrlhf import console, session
 from rayrlhf.config import Recipe, RecipeError
@@ -40,7 +41,8 @@ HEALTH_S = 2.0
 """Seconds between two looks of Serve at an engine."""
 FRONT_STOPS = {"graceful_shutdown_timeout_s": 5.0, "graceful_shutdown_wait_loop_s": 0.5}
 MODEL_STOPS = {"graceful_shutdown_timeout_s": 1.0, "graceful_shutdown_wait_loop_s": 0.5}
-"""The front goes first, when its answers are done: what a model has left is a call that watches."""
+"""Where Serve ends as a whole, the front goes first, when its answers are done: what a model has
+left is a call that watches."""
 MARGIN = 64
 """Requests beyond the limit that reach the front, to be refused there instead of queueing."""
 
@@ -87,6 +89,7 @@ def application(
     folder.mkdir(parents=True, exist_ok=True)
     LiveWeights(folder).start(folders, [cfg.follow] if cfg.follow is not None else [])
     engine = recipe.resources.rollout
+    stops = MODEL_STOPS if is_here and session.is_local() else FRONT_STOPS
     environment = {"OMP_NUM_THREADS": str(engine.num_threads)}
     policies: dict[str, list[Any]] = {}
     for model in folders:
@@ -96,7 +99,7 @@ def application(
                 name=f"{model}-{number}",
                 max_ongoing_requests=cfg.limits.max_concurrent + MARGIN,
                 health_check_period_s=HEALTH_S,
-                **MODEL_STOPS,
+                **stops,
                 ray_actor_options={
                     "num_cpus": engine.cpus,
                     "num_gpus": engine.gpus,
@@ -114,7 +117,7 @@ def application(
             "resources": {f"node:{ray.util.get_node_ip_address()}": 0.001} if is_here else {},
         },
     )
-    return front.bind(recipe, token, policies, _scorer(recipe))
+    return front.bind(recipe, token, policies, _scorer(recipe, stops))
 
 
 def model_folders(recipe: Recipe) -> dict[str, str]:
@@ -145,8 +148,7 @@ def _checked(key: str, folder: str, max_length: int | None = None) -> str:
     `max_length` is what it has to read, in tokens; None where that is its own affair.
     """
     try:
-        # GPT-2's n_positions has this name, too.
-        room = getattr(load_config(folder), "max_position_embeddings", None)
+        room = _room(load_config(folder))
         place = Path(folder)
         if place.is_dir():
             tensor_shapes(place)
@@ -168,12 +170,20 @@ def _checked(key: str, folder: str, max_length: int | None = None) -> str:
         raise RecipeError(f"{key}={folder}: {str(error).splitlines()[0]}") from None
 
 
+def _room(config: PreTrainedConfig) -> int | None:
+    """Return the tokens that a model reads; None where vLLM may read more than its positions."""
+    ropes = (getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling"))
+    if any("factor" in rope for rope in ropes) or hasattr(config, "model_max_length"):
+        return None
+    return getattr(config, "max_position_embeddings", None)  # GPT-2's n_positions, too
+
+
 def _scorer_bundle(recipe: Recipe) -> dict[str, float]:
     own = recipe.resources.reward
     return {"CPU": own.cpus, "GPU": own.gpus}
 
 
-def _scorer(recipe: Recipe) -> serve.Application | None:
+def _scorer(recipe: Recipe, stops: Mapping[str, float]) -> serve.Application | None:
     reward = section_of(recipe).reward
     if reward is None:
         return None
@@ -182,7 +192,7 @@ def _scorer(recipe: Recipe) -> serve.Application | None:
         Scorer,
         name="reward",
         max_ongoing_requests=section_of(recipe).limits.max_concurrent + MARGIN,
-        **MODEL_STOPS,
+        **stops,
         ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
     )
     folder = _checked("serve.reward", builtin.resolve(reward))

@@ -25,6 +25,7 @@ NOBODY = "api"
 class Kept:
     """An answer that may be voted on."""
 
+    kind: Kind
     prompt: str
     response: str
     version: str
@@ -61,7 +62,7 @@ class Votes:
         prompt = prompt_of(kind, body)
         if prompt is None or not text or choices != 1:
             return
-        self._kept[name] = Kept(prompt, text, version)
+        self._kept[name] = Kept(kind, prompt, text, version)
         while len(self._kept) > self._max:
             self._kept.popitem(last=False)
 
@@ -77,7 +78,7 @@ class Votes:
             raise Refusal(422, "winner is one of the two completions, or null for a tie", "winner")
         left, right = sorted(names)
         answers = [self._answer(name) for name in (left, right)]
-        if answers[0].prompt != answers[1].prompt:
+        if (answers[0].kind, answers[0].prompt) != (answers[1].kind, answers[1].prompt):
             raise Refusal(422, "the two completions answer different prompts", "completions")
         voter = _labeller(user)
         key = hashlib.sha256(f"{left}\n{right}".encode()).hexdigest()

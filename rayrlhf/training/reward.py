@@ -37,6 +37,7 @@ from rayrlhf.data.datasets import (
 )
 from rayrlhf.data.encoded import Encoded
 from rayrlhf.data.packing import microbatches, pack_tight, within_budget
+from rayrlhf.data.records import identity
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.training.backend import Backend
 from rayrlhf.training.best import Selection
@@ -262,7 +263,7 @@ def _texts(path: str | None) -> set[tuple[str, str]]:
     if path is None:
         return set()
     return {
-        (record["prompt"], response)
+        (identity(record), response)
         for record in iter_records(path, "comparison")
         for response in record["responses"]
     }

@@ -28,6 +28,7 @@ COMPARISONS = [
     {"prompt": "A", "responses": [" good", " bad", " long" * 40], "ranks": [1, 2, 3]},
     {"prompt": "A", "responses": [" good", " bad"], "ranks": [1, 1]},
     {"prompt": "A", "chosen": " good", "rejected": " bad film"},
+    {"messages": [{"role": "user", "content": "Q"}], "responses": ["so", "bad"], "ranks": [2, 1]},
     {"prompt": "A", "responses": [" long" * 40, " bad"], "ranks": [1, 2]},
 ]
 PROMPTS = [{"prompt": "A film"}, {"prompt": "long " * 40}, {"prompt": "so"}]
@@ -79,11 +80,11 @@ def test_the_same_as_in_memory(
     ranked = encoded.comparisons(recipe, path, 24)
     in_memory = encode_comparisons(read_records(path, "comparison"), tokenizer, 24)
     assert list(ranked) == [c for c in in_memory if len(set(c.ranks)) > 1]
-    assert [c.record for c in ranked] == [0, 2]
+    assert [c.record for c in ranked] == [0, 2, 3]
     assert encoded.token_counts(ranked) == [sum(map(len, c.ids)) for c in ranked]
     assert ranked.num_sequences.tolist() == [len(c.ids) for c in ranked]
     assert ranked.key != found.key
-    assert "1 of 4 comparisons rank all responses alike" in capsys.readouterr().out
+    assert "1 of 5 comparisons rank all responses alike" in capsys.readouterr().out
 
     path = write(tmp_path / "p.jsonl", PROMPTS)
     assert list(encoded.prompts(recipe, path, 24)) == encode_prompts(

@@ -79,6 +79,9 @@ TURNS = [ASK, SAY, ASK]
         ({"chosen": [ASK, SAY], "rejected": [ASK, OTHER]}, [ASK], "a"),
         ({"prompt": [ASK], "chosen": [SAY], "rejected": [OTHER]}, [ASK], "a"),
         ({"prompt": "said", "chosen": [ASK, SAY], "rejected": [ASK, OTHER]}, [ASK], "said"),
+        ({"prompt": [ASK], "chosen": [ASK, SAY], "rejected": [ASK, OTHER]}, [ASK], "a"),
+        ({"prompt": "a", "messages": [ASK, SAY], "chosen": [ASK, SAY], "rejected": [ASK, OTHER]},
+         [ASK], "a"),
         ({"messages": TURNS, "chosen": [SAY], "rejected": [OTHER]}, TURNS,
          "user: a\n\nassistant: b\n\nuser: a"),
         ({"messages": TURNS, "chosen": "b", "rejected": "c"}, TURNS,
@@ -92,6 +95,13 @@ def test_comparisons_of_chats(record: dict[str, Any], messages: Any, prompt: str
     assert found == {
         "prompt": prompt, "messages": messages, "responses": ["b", "c"], "ranks": [1, 2],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [None, [ASK, SAY]])
+def test_messages_beside_a_text_are_no_prompt(beside: Any) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "messages": beside}
+    wanted = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
+    assert check("x", pair, "comparison") == wanted
 
 
 @pytest.mark.parametrize(

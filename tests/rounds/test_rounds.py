@@ -175,6 +175,20 @@ def test_a_function_judges(make: Any, tmp_path: Path) -> None:
     assert record == (3, 2, 1)  # 12, 11 and 10 characters
 
 
+def test_chats_are_judged_and_kept_as_chats(make: Any) -> None:
+    recipe = make()
+    round_ = first_round(recipe)
+    turns = [{"role": role, "content": "Hi."} for role in ("user", "assistant", "user")]
+    said = [" I love it.", " I hate it."]
+    items = [{"prompt": f"p{n}", "messages": turns, "responses": said} for n in range(4)]
+    exchange.write(round_.path / SAMPLES, items)
+    tokenizer = load_tokenizer(recipe)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    collect.judge(recipe, round_, tokenizer)
+    for record in read_records(round_.path / JUDGED, "comparison"):
+        assert (record["messages"], record["ranks"]) == (turns, [1, 2])
+
+
 def test_equal_answers_are_left_out_and_a_round_needs_some(make: Any) -> None:
     recipe = make()
     round_ = first_round(recipe)

@@ -261,6 +261,8 @@ def test_scores_of_answers_in_a_chat(frontend: Frontend, client: TestClient) -> 
     for wrong in ([], [{"role": "robot", "content": "a"}], [{"role": "user"}], ["hi"]):
         body = {"prompt": wrong, "responses": ["a"]}
         assert refusal(client.post("/v1/score", json=body))[:2] == (422, "invalid_value")
+    body = {"prompt": [{"role": "robot", "content": "a"}], "responses": ["a"]}
+    assert "'assistant'" in client.post("/v1/score", json=body).json()["error"]["message"]
 
 
 def test_scores_without_a_reward_model(frontend: Frontend) -> None:
@@ -316,25 +318,30 @@ def test_an_engine_that_did_not_get_the_new_weights_starts_again(tmp_path: Path)
     assert frontend.weights.of("a").version == 2
 
 
-def test_an_engine_that_came_up_with_the_old_weights_starts_again(
+def test_an_engine_that_came_up_with_the_old_weights_gets_the_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayrlhf.serving.frontend.LOOK_EVERY_S", 0.02)
     frontend = endpoint(tmp_path, replicas=2)
     first, second = frontend.engines["a"]
     assert isinstance(first, FakeEngine) and isinstance(second, FakeEngine)
-    old = first.version
+    old, record = first.version, tmp_path / "serve" / "live.json"
     with client_of(frontend) as client:
         client.post("/admin/weights", json={"folder": str(save_model(tmp_path / "new"))})
+        new = first.version
         time.sleep(0.2)
-        assert (first.restarts, second.restarts) == (0, 0)
+        assert len(first.loaded) == len(second.loaded) == 1
         first.version = old  # as a replica has it that read what is live before the change
-        until(lambda: first.restarts > 0)
-        first.version = second.version
-        time.sleep(0.1)
-        restarts = first.restarts
+        until(lambda: first.version == new)
+        assert (len(first.loaded), len(second.loaded)) == (2, 1)
+        kept = record.read_text()
+        record.write_text("{}")  # what cannot be read now is read again
         time.sleep(0.2)
-    assert (first.restarts, second.restarts) == (restarts, 0)
+        record.write_text(kept)
+        assert client.get("/healthz").status_code == 200
+        first.version = old
+        until(lambda: first.version == new)
+    assert (first.restarts, second.restarts) == (0, 0)
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
