@@ -25,9 +25,13 @@ OPEN = {"RAY_AUTH_MODE": "disabled"}
 NAMES = ("head", "worker")
 BOTH = """
 import sys, time, ray
-gcs, ends = ray._raylet.GcsClient(address=sys.argv[1]), time.monotonic() + float(sys.argv[2])
-while len(gcs.get_all_node_info(timeout=10)) < 2:
-    assert time.monotonic() < ends
+num, ends = 0, time.monotonic() + float(sys.argv[2])
+while num < 2:
+    assert time.monotonic() < ends, f"{num} nodes"
+    try:
+        num = len(ray._raylet.GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10))
+    except ray.exceptions.RpcError as error:
+        print(error, file=sys.stderr)  # on a busy machine its port is open before it answers
     time.sleep(0.2)
 """
 
