@@ -158,10 +158,10 @@ def _check_opening(where: str, record: Record) -> Record:
     """Return a comparison or an item with the text that people read before the responses."""
     if "messages" in record and _is_beside(record):
         record = {name: value for name, value in record.items() if name != "messages"}
+    record = _check_prompt(where, record)
     if "messages" in record:
-        _messages(where, record, last="user")
         record = {"prompt": prompt_text(record), **record}
-    _text(where, record, "prompt", instead="messages")
+        _text(where, record, "prompt")
     return record
 
 

@@ -12,8 +12,9 @@ all roles on it and, in each turn, what is awake (rl/turns.py):
 Without GPUs all processes share the memory of their node, and nothing sleeps.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rayrlhf import session
 from rayrlhf.config import Recipe, RecipeError, Role
@@ -114,24 +115,30 @@ def _devices(cluster: Cluster, layout: layouts.Layout) -> list[dict[Role, int]]:
     Bundles of a part of a GPU come to the fullest one of their node that has room, as in Ray.
     """
     found: list[dict[Role, int]] = []
-    parts: list[tuple[int, float, dict[Role, int]]] = []  # node, part that is free, roles
+    shared: list[_SharedGPU] = []
     roles_of, nodes = _roles_of(layout), _nodes_of(cluster, layout)
     for bundle, (roles, node) in enumerate(zip(roles_of, nodes, strict=True)):
         share = layout.bundles[bundle].get("GPU", 0.0)
         if share >= 1:
             found.append(roles)
         elif share > 0:
-            fitting = [
-                (free, index)
-                for index, (other, free, _) in enumerate(parts)
-                if other == node and free + 1e-9 >= share
-            ]
-            free, index = min(fitting, default=(1.0, len(parts)))
-            here = dict(parts[index][2]) if fitting else {}
-            for role, count in roles.items():
-                here[role] = here.get(role, 0) + count
-            parts[index : index + 1] = [(node, free - share, here)]
-    return found + [roles for _, _, roles in parts]
+            fitting = [gpu for gpu in shared if gpu.node == node and gpu.free + 1e-9 >= share]
+            if not fitting:
+                fitting = [_SharedGPU(node)]
+                shared += fitting
+            gpu = min(fitting, key=lambda gpu: gpu.free)
+            gpu.free -= share
+            gpu.roles.update(roles)
+    return found + [dict(gpu.roles) for gpu in shared]
+
+
+@dataclass
+class _SharedGPU:
+    """A GPU of which bundles have parts."""
+
+    node: int
+    free: float = 1.0
+    roles: Counter[Role] = field(default_factory=Counter)
 
 
 def _roles_of(layout: layouts.Layout) -> list[dict[Role, int]]:

@@ -216,21 +216,21 @@ class Frontend:
         said = ""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            for model, engines in self.engines.items():
-                for engine in engines:
-                    try:
-                        await self._catch_up(model, engine)
-                    except Exception as error:  # the next look may see it well again
-                        if repr(error) != said:
-                            said = repr(error)
-                            print(f"serve: {model} cannot catch up: {said}"[:500], flush=True)
+            for model in self.engines:
+                try:
+                    await self._catch_up(model)
+                except Exception as error:  # the next look may see it well again
+                    if repr(error) != said:
+                        said = repr(error)
+                        print(f"serve: {model} cannot catch up: {said}"[:500], flush=True)
 
-    async def _catch_up(self, model: str, engine: Upstream) -> None:
+    async def _catch_up(self, model: str) -> None:
         async with self._turns[model]:
             live = await asyncio.to_thread(self.weights.of, model)
-            if engine.version and not live.names(model, engine.version):
-                print(f"serve: {engine.version} is not live: version {live.version} is", flush=True)
-                await engine.load(live, self.cfg.limits.timeout_s + LOOK_EVERY_S)
+            for engine in self.engines[model]:
+                if engine.version and not live.names(model, engine.version):
+                    print(f"serve: {engine.version} is behind version {live.version}", flush=True)
+                    await engine.load(live, self.cfg.limits.timeout_s + LOOK_EVERY_S)
 
     async def _follow(self, stage: Path) -> None:
         """Let each newer checkpoint of a stage go live; what does not fit is said once."""

@@ -129,10 +129,9 @@ class Scorer:
                 "tokens: shorten it"
             )
         try:
-            chat = "messages" in opening
-            before = encode_prompt(
-                check("prompt", opening, "prompt") if chat else opening, self._tokenizer
-            )
+            if turns:
+                check("prompt", opening, "prompt")
+            before = encode_prompt(opening, self._tokenizer)
         except RecipeError as error:
             return str(error)
         end = self._tokenizer.eos_token_id
