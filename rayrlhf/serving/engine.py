@@ -70,6 +70,8 @@ class OpenAIEngine:
         )
         client = AsyncLLM.from_engine_args(engine_args)
         await client.collective_rpc("end_with", args=(os.getpid(),))
+        if not gpus:
+            await client.collective_rpc("yield_cores")
         state = State()
         await init_app_state(
             client,

@@ -8,12 +8,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.serving.weights import tensors
 
 LOOK_EVERY_S = 1.0
+LOWEST_PRIORITY = 19
 
 
 class FolderWorker:
@@ -35,6 +37,16 @@ class FolderWorker:
     def end_with(self, process: int) -> None:
         """End this process when that one is gone: killed, it could not end its engine."""
         threading.Thread(target=_end_with, args=(process,), daemon=True).start()
+
+    def yield_cores(self) -> None:
+        """Let every other process go first on this machine's cores.
+
+        An engine on CPU keeps all of them busy. Whoever brings it a request, or an answer away,
+        needs a moment of one, and while that waits the engine's batch is not full.
+        """
+        for thread in Path("/proc/self/task").iterdir():  # niceness is a thread's on Linux
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), LOWEST_PRIORITY)
 
 
 def _with_tied(folder: Path, tied: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
