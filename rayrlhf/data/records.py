@@ -192,7 +192,13 @@ def prompt_text(record: Record) -> str:
     messages = record["messages"]
     if len(messages) == 1:
         return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def _said(message: dict[str, Any]) -> str:
+    """Return what a turn says; the calls of one that only calls tools."""
+    content = message.get("content")
+    return json.dumps(message["tool_calls"]) if content is None else str(content)
 
 
 def _responses(where: str, record: Record, *, instead: str = "") -> list[str]:

@@ -23,6 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    inspect,
     text,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -78,7 +79,10 @@ BATTLES = Table(
     Column("vote", String(8)),  # a, b, tie, bad; null: none yet
     Column("vote_key", String(64)),
     Column("vote_time", Float),
+    Column("messages", JSON(none_as_null=True)),  # of a chat
 )
+ADDED = (BATTLES.c.messages,)
+"""Columns, all of them nullable, that a database which was made before them gets when it opens."""
 
 
 class Database:
@@ -98,8 +102,9 @@ class Database:
             if self._sqlite:
                 event.listen(self._engine, "connect", _set_up_sqlite)
                 event.listen(self._engine, "begin", _begin_sqlite)
-            with self._engine.begin() as connection:
+            with self._engine.execution_options(writes=True).begin() as connection:
                 METADATA.create_all(connection)
+                _add_columns(connection)
         except ModuleNotFoundError as error:
             raise RecipeError(
                 f"label.database={url} needs {error.name}, which is not installed: "
@@ -133,6 +138,16 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+
+def _add_columns(connection: Connection) -> None:
+    for column in ADDED:
+        there = {each["name"] for each in inspect(connection).get_columns(column.table.name)}
+        if column.name not in there:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(
+                text(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}")
+            )
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

@@ -89,6 +89,7 @@ def voted_records(store: Store) -> list[Record]:
             "labellers": [row.labeller],
             "models": row.models,
             "vote": row.vote,
+            **({"messages": row.messages} if row.messages else {}),
         }
         for row in store.votes()
         if all(row.responses)

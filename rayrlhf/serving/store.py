@@ -63,6 +63,8 @@ class Battle:
     seeds: tuple[int, int]
     vote: str | None = None
     """`a` (left is better), `b`, `tie` or `bad` (both are)."""
+    messages: list[Record] | None = None
+    """The chat that was answered, where it was one; `prompt` is what people read of it."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class Store:
                     "responses": list(battle.responses),
                     "seeds": list(battle.seeds),
                     "time": time.time(),
+                    "messages": battle.messages,
                 },
             )
         return battle
@@ -309,6 +312,7 @@ def _item(row: Row[Any]) -> Item:
 
 def _battle(row: Row[Any], vote: str | None = None) -> Battle:
     (left, right), (one, other), (seed, next_seed) = row.models, row.responses, row.seeds
+    vote = vote or row.vote
     return Battle(
-        row.key, row.prompt, (left, right), (one, other), (seed, next_seed), vote or row.vote
+        row.key, row.prompt, (left, right), (one, other), (seed, next_seed), vote, row.messages
     )

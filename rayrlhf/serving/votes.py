@@ -1,8 +1,8 @@
 """Votes of users between two answers to one prompt, kept where the labelling page keeps its own.
 
 Answers are kept in memory for as long as users may vote on them, the newest first to stay. What is
-voted on is one answer to a prompt, or to a chat of one turn: what a comparison record can hold.
-One that was broken off is not, nor one that repeats its prompt.
+voted on is one answer to a prompt or a chat: what a comparison record can hold. One that was broken
+off is not, nor one that repeats its prompt or read more than the messages.
 """
 
 import hashlib
@@ -12,21 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayrlhf.config import RecipeError
 from rayrlhf.config.label import LABELLER
+from rayrlhf.data.records import Record, check, prompt_text
 from rayrlhf.serving.answers import Kind
 from rayrlhf.serving.refusals import Refusal
 from rayrlhf.serving.store import Battle, Conflict, Store
 
 NOBODY = "api"
 """Stands for a user that a vote does not name."""
+READ_BESIDE = ("tools", "documents", "chat_template", "chat_template_kwargs")
+"""Fields of a chat's request that change what the model reads."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """An answer that may be voted on."""
 
-    kind: Kind
-    prompt: str
+    opening: Record
+    """`prompt`, or `messages`."""
     response: str
     version: str
 
@@ -59,10 +63,10 @@ class Votes:
         choices: int,
         version: str,
     ) -> None:
-        prompt = prompt_of(kind, body)
-        if prompt is None or not text or choices != 1:
+        opening = opening_of(kind, body)
+        if opening is None or not text or choices != 1:
             return
-        self._kept[name] = Kept(kind, prompt, text, version)
+        self._kept[name] = Kept(opening, text, version)
         while len(self._kept) > self._max:
             self._kept.popitem(last=False)
 
@@ -78,16 +82,18 @@ class Votes:
             raise Refusal(422, "winner is one of the two completions, or null for a tie", "winner")
         left, right = sorted(names)
         answers = [self._answer(name) for name in (left, right)]
-        if (answers[0].kind, answers[0].prompt) != (answers[1].kind, answers[1].prompt):
+        opening = answers[0].opening
+        if opening != answers[1].opening:
             raise Refusal(422, "the two completions answer different prompts", "completions")
         voter = _labeller(user)
         key = hashlib.sha256(f"{left}\n{right}".encode()).hexdigest()
         battle = Battle(
             key,
-            answers[0].prompt,
+            prompt_text(opening),
             (answers[0].version, answers[1].version),
             (answers[0].response, answers[1].response),
             (0, 0),
+            messages=opening.get("messages"),
         )
         self._store.add_battle(voter, battle)
         said = "tie" if winner is None else "ab"[(left, right).index(winner)]
@@ -102,7 +108,8 @@ class Votes:
             raise Refusal(
                 404,
                 f"there is no answer {name[:80]} to vote on: it is too old, is not whole, has "
-                "several choices, repeats its prompt, or its prompt has more than one turn",
+                "several choices, repeats its prompt, or the model read more than texts of a chat "
+                "that ends with its user",
                 "completions",
             )
         return kept
@@ -139,20 +146,22 @@ class StreamReader:
         )
 
 
-def prompt_of(kind: Kind, body: Mapping[str, Any]) -> str | None:
-    """Return the prompt as a comparison record has it; None for one that it cannot hold."""
+def opening_of(kind: Kind, body: Mapping[str, Any]) -> Record | None:
+    """Return the prompt or chat as a comparison record has it; None for one that it cannot hold."""
     if body.get("echo"):
         return None  # the answer begins with the prompt
     if kind == "completions":
         prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1:
-            prompt = prompt[0]
-        return prompt if isinstance(prompt, str) else None
-    messages = body.get("messages")
-    if not isinstance(messages, list) or len(messages) != 1:
+        opening = {"prompt": prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt}
+    elif any(body.get(name) for name in READ_BESIDE):
         return None
-    content = messages[0].get("content") if isinstance(messages[0], dict) else None
-    return content if isinstance(content, str) else None
+    else:
+        opening = {"messages": body.get("messages")}
+    try:
+        check("", opening, "prompt")
+    except RecipeError:
+        return None
+    return opening if prompt_text(opening) else None
 
 
 def _labeller(user: str | None) -> str:

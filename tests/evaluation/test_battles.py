@@ -150,6 +150,8 @@ def test_a_judge_reads_the_whole_chat() -> None:
     assert prompt_text(CHATS[0]) == "Say it."
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."}]
     assert prompt_text({"messages": turns}) == "system: Be kind.\n\nuser: Hi."
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
+    assert prompt_text({"messages": [calls, *turns]}).startswith('assistant: [{"id": 1}]\n\n')
 
 
 def test_a_model_that_cannot_fight_is_named(

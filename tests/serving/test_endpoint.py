@@ -14,9 +14,10 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
+from rayrlhf.data.records import read_records
 from rayrlhf.serving.database import Database
 from rayrlhf.serving.endpoint import create_app
-from rayrlhf.serving.exchange import voted_records
+from rayrlhf.serving.exchange import voted_records, write
 from rayrlhf.serving.frontend import Frontend
 from rayrlhf.serving.store import Store
 from rayrlhf.serving.votes import Votes
@@ -383,8 +384,6 @@ def test_votes_become_comparisons(tmp_path: Path, store: Store) -> None:
         assert refusal(vote(pair, "another"))[0] == 422
         other = ask("a", messages=[{"role": "user", "content": "another prompt"}])
         assert refusal(vote([pair[0], other], other))[0] == 422
-        turns = ask("a", messages=[*ASK["messages"], *ASK["messages"]])  # type: ignore[misc]
-        assert refusal(vote([pair[1], turns], turns))[0] == 404
         body = {**ASK, "model": "b", "stream": True}
         streamed = client.post("/v1/chat/completions", json=body).text
         name = json.loads(streamed.splitlines()[0].removeprefix("data: "))["id"]
@@ -398,6 +397,35 @@ def test_votes_become_comparisons(tmp_path: Path, store: Store) -> None:
     assert best == "b-v1-00000000" == first["models"][first["ranks"].index(1)]
     assert records[1]["ranks"] == [1, 1]
     assert "one two" in records[2]["responses"]
+    assert all(record["messages"] == ASK["messages"] for record in records)
+
+
+def test_votes_on_chats_of_several_turns(tmp_path: Path, store: Store) -> None:
+    frontend = endpoint(tmp_path, votes=Votes(store, max_votable=9))
+    turns = [{"role": "system", "content": "Be kind."}, *ASK["messages"]]  # type: ignore[misc]
+    with client_of(frontend) as client:
+
+        def ask(**changes: Any) -> str:
+            body = {**ASK, "messages": turns, **changes}
+            return str(client.post("/v1/chat/completions", json=body).json()["id"])
+
+        def vote(one: str, other: str) -> httpx.Response:
+            return client.post("/v1/votes", json={"completions": [one, other], "winner": one})
+
+        pair = ask(), ask()
+        assert vote(*pair).status_code == 200
+        for changes in (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            {"chat_template": "{{ messages }}"},
+            {"messages": [*turns, {"role": "assistant", "content": "Well,"}]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
+            {"messages": [{"role": "user", "content": ""}]},
+        ):
+            assert refusal(vote(pair[0], ask(**changes)))[0] == 404
+    write(tmp_path / "votes.jsonl", voted_records(store))
+    (record,) = read_records(tmp_path / "votes.jsonl", "comparison")
+    assert record["messages"] == turns
+    assert record["prompt"] == "system: Be kind.\n\nuser: hello"
 
 
 @pytest.mark.parametrize("how", ["broken off", "echo"])

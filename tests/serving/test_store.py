@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from rayrlhf.config import RecipeError
 from rayrlhf.serving.database import FILE, METADATA, Database
@@ -136,6 +137,21 @@ def test_votes_count_once(queue: Store) -> None:
             queue.vote("Ann", battle.key, vote, key)
     assert queue.open_battle("Ann") is None
     assert [row.vote for row in queue.votes()] == ["a"]
+
+
+def test_a_database_of_before_gets_its_new_columns(queue: Store, tmp_path: Path) -> None:
+    queue.set_items(items(1), [1])
+    old = Battle("b" * 16, "Hi", ("sft", "ppo"), ("x", "y"), (1, 2))
+    queue.add_battle("Ann", old)
+    with queue.database.writing() as connection:
+        connection.execute(text("ALTER TABLE battles DROP COLUMN messages"))
+        url = connection.engine.url.render_as_string(hide_password=False)
+    again = Database("" if url.startswith("sqlite") else url, tmp_path)
+    store = Store(again, claim_s=600)
+    assert store.battle("Ann", old.key) == old
+    chat = Battle("c" * 16, "Hi", ("sft", "ppo"), ("x", "y"), (1, 2), messages=[{"role": "user"}])
+    assert store.add_battle("Ann", chat) == store.battle("Ann", chat.key) == chat
+    again.close()
 
 
 def test_twenty_people_at_once(queue: Store) -> None:
