@@ -28,7 +28,7 @@ class SampleConfig(Section):
     model: str
     """Folder, hub name or `builtin:` name of the policy."""
     prompts: str
-    """Prompts to answer: `prompt`, or `messages` of one turn of the user."""
+    """Prompts to answer: `prompt`, or `messages`."""
     num_prompts: Positive = 100
     num_responses: Annotated[int, Field(ge=2, le=9)] = 4
     """K: completions of each prompt (InstructGPT section 3.5: 4 to 9)."""

@@ -21,7 +21,7 @@ class RoundsConfig(Section):
     own. `vader`: VADER's rules. Or one of `model`, `function` and `url`, as in `evaluate.judges`;
     a language model sees every pair of a prompt's answers in both orders."""
     prompts: str | None = None
-    """Prompts to answer: `prompt`, or `messages` of one turn; None takes those of `ppo.prompts`."""
+    """Prompts to answer: `prompt`, or `messages`; None takes those of `ppo.prompts`."""
     num_prompts: Positive = 256
     """Of each round."""
     num_responses: Annotated[int, Field(ge=2, le=9)] = 4

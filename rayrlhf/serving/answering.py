@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 
 from rayrlhf.config import ArenaConfig
 from rayrlhf.data.datasets import encode_prompt
-from rayrlhf.data.records import Record
 from rayrlhf.generation import Engine
-from rayrlhf.serving.arena import Reply
+from rayrlhf.serving.arena import Reply, opening
 
 MAX_BATCH = 16
 
@@ -35,7 +34,8 @@ class ArenaModel:
         return await asyncio.to_thread(self._answer, prompts, seeds)
 
     def _answer(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
-        ids = [encode_prompt(self._record(prompt), self._tokenizer) for prompt in prompts]
+        records = [opening(prompt, self._cfg.prompt_format) for prompt in prompts]
+        ids = [encode_prompt(record, self._tokenizer) for record in records]
         fits = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self._room]
         done = self._engine.generate(
             [ids[i] for i in fits],
@@ -52,8 +52,3 @@ class ArenaModel:
             or Reply("", f"the prompt has {len(tokens)} tokens, but {self._room} fit: shorten it")
             for i, tokens in enumerate(ids)
         ]
-
-    def _record(self, prompt: str) -> Record:
-        if self._cfg.prompt_format == "chat":
-            return {"messages": [{"role": "user", "content": prompt}]}
-        return {"prompt": prompt}

@@ -21,7 +21,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
-from rayrlhf.config import LabelConfig
+from rayrlhf.config import ArenaConfig, LabelConfig
 from rayrlhf.serving import guard
 from rayrlhf.serving.arena import Ask, fight
 from rayrlhf.serving.exchange import lines, ranked_records, voted_records
@@ -93,7 +93,7 @@ def create_app(store: Store, cfg: LabelConfig, secret: str, ask: Ask | None = No
     if cfg.ranks:
         _add_ranking(app, store, cfg, me)
     if ask is not None and cfg.arena is not None:
-        _add_arena(app, store, list(cfg.arena.models), ask, me)
+        _add_arena(app, store, cfg.arena, ask, me)
 
     @app.get("/api/status")
     def state(name: str = me) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _flags(flags: dict[int, list[str]], order: list[int], known: dict[str, str])
     return found
 
 
-def _add_arena(app: FastAPI, store: Store, names: list[str], ask: Ask, me: Any) -> None:
+def _add_arena(app: FastAPI, store: Store, cfg: ArenaConfig, ask: Ask, me: Any) -> None:
     @app.get("/api/battles")
     def open_battle(name: str = me) -> dict[str, Any]:
         battle = store.open_battle(name)
@@ -239,7 +239,7 @@ def _add_arena(app: FastAPI, store: Store, names: list[str], ask: Ask, me: Any) 
         known = await run_in_threadpool(store.battle, name, body.key)
         if known is None:
             try:
-                fought = await fight(ask, names, body.key, body.prompt)
+                fought = await fight(ask, cfg, body.key, body.prompt)
             except ValueError as error:
                 raise HTTPException(422, str(error)) from None
             known = await run_in_threadpool(store.add_battle, name, fought)

@@ -2,9 +2,12 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Literal
 
+from rayrlhf.config import ArenaConfig
+from rayrlhf.data.records import Record
 from rayrlhf.serving.store import Battle
 
 
@@ -20,20 +23,30 @@ class Silent(RuntimeError):
     """A model does not answer now; the text is for the person."""
 
 
+Form = Literal["text", "chat"]
 Ask = Callable[[str, str, int], Awaitable[Reply]]
 """(model, prompt, seed) -> reply; raises Silent."""
 
 
-async def fight(ask: Ask, names: Sequence[str], key: str, prompt: str) -> Battle:
+def opening(prompt: str, form: Form) -> Record:
+    """Return a person's prompt as the models read it."""
+    if form == "chat":
+        return {"messages": [{"role": "user", "content": prompt}]}
+    return {"prompt": prompt}
+
+
+async def fight(ask: Ask, cfg: ArenaConfig, key: str, prompt: str) -> Battle:
     """Let two of the models, drawn at random, answer a prompt; sides are drawn, too.
 
     Raises ValueError with a text for the person when a model cannot answer, Silent when it does
     not now.
     """
-    left, right = secrets.SystemRandom().sample(list(names), 2)
+    left, right = secrets.SystemRandom().sample(list(cfg.models), 2)
     seeds = (secrets.randbits(62), secrets.randbits(62))
     replies = await asyncio.gather(ask(left, prompt, seeds[0]), ask(right, prompt, seeds[1]))
     for reply in replies:
         if reply.error:
             raise ValueError(reply.error)
-    return Battle(key, prompt, (left, right), (replies[0].text, replies[1].text), seeds)
+    texts = (replies[0].text, replies[1].text)
+    messages = opening(prompt, cfg.prompt_format).get("messages")
+    return Battle(key, prompt, (left, right), texts, seeds, messages=messages)

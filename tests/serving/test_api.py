@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from rayrlhf.serving import sessions
+from rayrlhf.serving.exchange import voted_records
 from rayrlhf.serving.guard import MAX_BYTES
 from rayrlhf.serving.sessions import COOKIE, Sessions, load_secret
 from rayrlhf.serving.store import Store
@@ -212,6 +213,17 @@ def test_the_arena_names_models_after_the_vote_only(client: TestClient, store: S
     refused(client.post(f"/api/battles/{KEY}/vote", json={"key": KEY, "vote": "c"}), 422)
     refused(client.post(f"/api/battles/{'x' * 16}/vote", json=vote), 404)
     assert len(store.votes()) == 1
+    assert "messages" not in voted_records(store)[0]
+
+
+def test_votes_on_answers_to_chats_are_comparisons_of_chats(store: Store) -> None:
+    with anonymous(store, prompt_format="chat") as client:
+        sign_in(client, "Ann")
+        client.post("/api/battles", json={"key": KEY, "prompt": "Hello"})
+        client.post(f"/api/battles/{KEY}/vote", json={"key": "v" * 16, "vote": "a"})
+    (record,) = voted_records(store)
+    assert record["messages"] == [{"role": "user", "content": "Hello"}]
+    assert record["prompt"] == "Hello" and record["ranks"] == [1, 2]
 
 
 def test_sides_and_models_are_drawn(client: TestClient, store: Store) -> None:
