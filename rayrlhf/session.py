@@ -8,6 +8,7 @@ that waits for ever.
 import os
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 from ray._private import state as ray_state
@@ -29,20 +30,33 @@ RELEASE_S = 20.0
 SERVE = {
     # Serve kills a proxy that is not ready in 5 s, and on a busy machine none ever is.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # Ten looks of its controller a second, and threads of their own for loops that never block,
-    # take 5% of a laptop from the engine. A dead replica is seen 1 s later.
+    # Ten looks of its controller a second, as many of each process at its counters, and threads of
+    # their own for loops that never block, take 5% of a laptop from the engine. A dead replica is
+    # seen 1 s later, and Ray reports counters every 10 s anyway.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
+"""Of a Ray that this command starts: its agent measures all processes every 5 s for a dashboard."""
 
 
-def connect(recipe: Recipe) -> None:
-    """Initialise Ray once per process; workers import this very copy of the package."""
+def connect(recipe: Recipe, *, keeps_idle: bool = True) -> None:
+    """Initialise Ray once per process; workers import this very copy of the package.
+
+    Without `keeps_idle` a Ray that starts here ends workers that have nothing to do, where it would
+    keep some for tasks to come.
+    """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"include_dashboard": False} if is_local() else {}
+    local: dict[str, Any] = {}
+    if is_local():
+        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+        local["include_dashboard"] = False
+        if not keeps_idle:
+            local["_system_config"] = {"num_workers_soft_limit": 0}
     env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1", **SERVE}
     ray.init(
         address=address,
@@ -52,6 +66,9 @@ def connect(recipe: Recipe) -> None:
         runtime_env={"env_vars": env},
         **local,
     )
+    if is_local():
+        # It reads all logs ten times a second, for drivers that ask for them.
+        ray._private.worker.global_worker.node.kill_log_monitor(check_alive=False)
 
 
 def is_local() -> bool:

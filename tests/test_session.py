@@ -161,6 +161,38 @@ def test_it_goes_on_when_the_other_job_ends(busy: Any, capsys: pytest.CaptureFix
     assert "ppo: waiting for the cluster, 120 s left: 2 CPU asked for" in capsys.readouterr().out
 
 
+CONNECTED = """
+import time
+from types import SimpleNamespace
+import psutil
+import ray
+from rayrlhf import session
+session.connect(SimpleNamespace(name="quiet"), keeps_idle=False)
+ray.get(ray.remote(lambda: 1).remote())
+end = time.monotonic() + 60
+while True:
+    named = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+    if not any("ray::IDLE" in name for name in named):
+        break
+    assert time.monotonic() < end, named
+    time.sleep(0.2)
+assert any("raylet" in name for name in named)
+assert not any("log_monitor" in name for name in named), named
+assert ray.get(ray.remote(lambda: 2).remote()) == 2
+print("quiet")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_of_its_own_runs_nothing_that_nobody_asks_for() -> None:
+    env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTED], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "quiet\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("comes", [True, False])
 def test_an_autoscaler_is_asked_once_and_no_longer(
     monkeypatch: pytest.MonkeyPatch, comes: bool

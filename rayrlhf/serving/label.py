@@ -81,7 +81,7 @@ def label(recipe: Recipe) -> Path:
     _fill_queue(recipe, cfg, store, folder)  # 1
     name = f"label-{recipe.name}"
     engine = recipe.resources.rollout
-    session.connect(recipe)
+    session.connect(recipe, keeps_idle=False)
     session.require(
         [{"CPU": PAGE_CPUS}, *[{"CPU": engine.cpus, "GPU": engine.gpus}] * len(models)],
         wait_s=recipe.resources.wait_s,

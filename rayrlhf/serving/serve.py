@@ -58,7 +58,7 @@ def serve_models(recipe: Recipe) -> Path:
     token, made = load_secret(folder, cfg.token_variable, TOKEN)
     wait_for_port(FOLDER, cfg.host, cfg.port)
     name = f"serve-{recipe.name}"
-    session.connect(recipe)
+    session.connect(recipe, keeps_idle=False)
     engine = recipe.resources.rollout
     scorers = [_scorer_bundle(recipe)] if cfg.reward is not None else []
     engines = [{"CPU": engine.cpus, "GPU": engine.gpus}] * (len(folders) * cfg.replicas)
