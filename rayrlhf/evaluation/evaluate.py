@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf import console, lineage, metrics
 from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
-from rayrlhf.data.datasets import Record, encode_prompt, fitting_prompts, read_records
+from rayrlhf.data.datasets import encode_prompt, fitting_prompts
+from rayrlhf.data.records import Record, prompt_text, read_records
 from rayrlhf.data.rows import read_manifest
 from rayrlhf.data.tokenizer import load_tokenizer
 from rayrlhf.evaluation import cost, overoptimisation, plots, report
@@ -189,13 +190,7 @@ def choose_records(
 
 def as_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
     """Return text and token ids of prompts."""
-    return [
-        (
-            record["messages"][-1]["content"] if "messages" in record else record["prompt"],
-            encode_prompt(record, tokenizer),
-        )
-        for record in records
-    ]
+    return [(prompt_text(record), encode_prompt(record, tokenizer)) for record in records]
 
 
 def _answer(

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rayrlhf import pipeline
 from rayrlhf.config import Recipe, RecipeError, parse
@@ -18,7 +23,7 @@ from rayrlhf.evaluation import evaluate as module
 from rayrlhf.evaluation import plots
 from rayrlhf.evaluation.battles import standings
 from rayrlhf.evaluation.contestants import contestants
-from rayrlhf.evaluation.evaluate import evaluate
+from rayrlhf.evaluation.evaluate import as_prompts, evaluate
 from rayrlhf.evaluation.judges import Answer
 from rayrlhf.evaluation.panel import panel
 from rayrlhf.evaluation.ratings import outcomes
@@ -145,11 +150,16 @@ def test_undecided_battles_are_left_out_of_standings() -> None:
     assert found["ratings"]["a"]["elo"] == pytest.approx(1000 + 400 * math.log10(odds))
 
 
-def test_a_judge_reads_the_whole_chat() -> None:
+def test_a_judge_reads_the_whole_chat(tiny_tokenizer: Path) -> None:
     assert prompt_text({"prompt": "Go on:"}) == "Go on:"
     assert prompt_text(CHATS[0]) == "Say it."
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."}]
     assert prompt_text({"messages": turns}) == "system: Be kind.\n\nuser: Hi."
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}\n{% endfor %}"
+    [(text, ids)] = as_prompts([{"messages": turns}], tokenizer)
+    assert text == "system: Be kind.\n\nuser: Hi."
+    assert "Be kind." in tokenizer.decode(ids) and "Hi." in tokenizer.decode(ids)
     calls = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
     assert prompt_text({"messages": [calls, *turns]}).startswith('assistant: [{"id": 1}]\n\n')
 
