@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config import Recipe, RewardSource
+from rayrlhf.config import JudgeConfig, Recipe, RewardSource
 
 PACKAGES = (
     "rayrlhf",
@@ -118,6 +118,9 @@ def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]
     if recipe.rounds is not None:  # one more of them, or a longer wait, leaves those that are there
         for key in ("num_rounds", "deadline_s"):
             del tree["rounds"][key]
+        if isinstance(recipe.rounds.judge, JudgeConfig):  # and so does how it is reached
+            for key in ("key_env", "timeout_s", "retries", "max_pending"):
+                del tree["rounds"]["judge"][key]
     read = {f"recipe.{name}": _hash_json(tree[name]) for name in SECTIONS[stage]}
     read["recipe.seed"] = _hash_json(recipe.seed)
     for name, path in files.items():

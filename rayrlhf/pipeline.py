@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from rayrlhf import console, lineage, metrics, session
+from rayrlhf import console, lineage, metrics, run_dir, session
 from rayrlhf.config import TRAINED_STAGES, EvaluateConfig, PPOConfig, Recipe, RecipeError, judge_key
 from rayrlhf.data import builtin, storage
 from rayrlhf.data.files import data_files
@@ -356,7 +356,11 @@ def _begin(recipe: Recipe, stage: str, folder: Path, read: dict[str, str]) -> No
         previous = folder.with_name(f"{folder.name}.previous")
         if previous.exists():
             previous = folder.with_name(f"{folder.name}.previous-{int(time.time())}")
-        folder.rename(previous)
+        with ExitStack() as stack:
+            for lock in sorted(folder.rglob(".lock")):  # such as that of an open labelling page
+                part = lock.parent.relative_to(recipe.path)
+                stack.enter_context(run_dir.held(recipe, str(part)))
+            folder.rename(previous)
         console.say(f"{folder}: begun with other inputs, moved to {previous}")
     folder.mkdir(parents=True, exist_ok=True)
     lineage.write_json(path, {**begun, stage: read})

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rayrlhf import config, lineage, pipeline
-from rayrlhf.config import Recipe
+import pytest
+
+from rayrlhf import config, lineage, pipeline, run_dir
+from rayrlhf.config import Recipe, RecipeError
 from rayrlhf.data.tokenizer import load_tokenizer
 
 
@@ -58,6 +60,33 @@ def test_a_changed_section_runs_its_stage_and_keeps_the_old_folder(tmp_path: Pat
     assert (recipe.path / "pretrain.previous" / "final" / "config.json").read_text() == "x"
     assert finish(toy(tmp_path, pretrain={"epochs": 3}), "pretrain")
     assert len(list(recipe.path.glob("pretrain.previous*"))) == 2
+
+
+def test_a_folder_that_a_page_writes_to_is_not_moved(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(recipe, "corpus")
+    finish(recipe, "pretrain")
+    says = "pretrain/label: another command writes there"
+    with run_dir.held(recipe, "pretrain/label"), pytest.raises(RecipeError, match=says):
+        finish(toy(tmp_path, pretrain={"epochs": 2}), "pretrain")
+    assert (recipe.path / "pretrain" / "final" / "config.json").read_text() == "x"
+    assert not list(recipe.path.glob("pretrain.previous*"))
+
+
+def test_how_a_judge_is_reached_does_not_begin_rounds_again(tmp_path: Path) -> None:
+    judge = {"url": "http://h/v1", "llm": "m"}
+
+    def read(**changes: Any) -> dict[str, str]:
+        recipe = toy(
+            tmp_path,
+            reward={"train": "r.jsonl"},
+            ppo={"prompts": "p.jsonl"},
+            rounds={"num_rounds": 1, "judge": {**judge, **changes}},
+        )
+        return lineage.inputs(recipe, "rounds", {})
+
+    assert read() == read(timeout_s=90, retries=9, max_pending=2, key_env="KEY")
+    assert read() != read(question="Which one is shorter?")
 
 
 def test_changed_data_runs_the_stage_and_those_after_it(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "check_exactly",
     "identity",
     "iter_records",
+    "joined",
     "prompt_text",
     "read_records",
 ]
@@ -193,6 +194,14 @@ def prompt_text(record: Record) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def joined(prompt: str, response: str, *, is_chat: bool) -> str:
+    """Return prompt and response as the one text that they are for people.
+
+    A response goes on where a text ends; an answer in a chat is a text of its own.
+    """
+    return f"{prompt}\n\n{response}" if is_chat else prompt + response
 
 
 def _said(message: dict[str, Any]) -> str:

@@ -55,10 +55,13 @@ def pearson(scores: Floats, ratings: Floats) -> float | None:
     return float(np.corrcoef(scores, ratings)[0, 1])
 
 
-def human_ceiling(ratings: Sequence[Sequence[float]]) -> float | None:
+def human_ceiling(
+    ratings: Sequence[Sequence[float]], groups: Sequence[Sequence[int]] | None = None
+) -> float | None:
     """Return the pair accuracy of one rater against the mean of the others.
 
-    `ratings[i]` are the single ratings of text i. The n-th rater of every text is taken as one
+    `ratings[i]` are the single ratings of text i; those of a group of texts compare, and without
+    `groups` all do. The n-th rater of every text is taken as one
     rater; the result is the mean over all n that every text has. None with fewer than two raters.
     """
     num_raters = min((len(row) for row in ratings), default=0)
@@ -69,7 +72,12 @@ def human_ceiling(ratings: Sequence[Sequence[float]]) -> float | None:
     found = []
     for n in range(num_raters):
         one = np.array([row[n] for row in ratings], dtype=np.float64)
-        pairs = pair_accuracy(one, (sums - one) / others)
+        rest = (sums - one) / others
+        pairs = (
+            pair_accuracy(one, rest)
+            if groups is None
+            else pair_accuracy_within([one[g] for g in groups], [rest[g] for g in groups])
+        )
         if pairs is not None:
             found.append(pairs.accuracy)
     return float(np.mean(found)) if found else None

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,15 @@ from rayrlhf.models.causal_lm import CausalLMModel, named_weights
 
 _ANSWERS = 1
 """Stream of the random numbers of one answer to each prompt."""
-Prompt = tuple[str, list[int]]
-"""Its text and its token ids."""
+
+
+class Prompt(NamedTuple):
+    """What a model is asked."""
+
+    text: str
+    """As people read it."""
+    ids: list[int]
+    is_chat: bool = False
 
 
 class Answerer:
@@ -66,21 +74,22 @@ class Answerer:
         """Sample an answer to each prompt; `seeds[i]` alone decides the i-th one's randomness."""
         assert self._engine is not None, "load a model first"
         completions = self._engine.generate(
-            [ids for _, ids in prompts],
+            [prompt.ids for prompt in prompts],
             seeds=seeds,
             max_tokens=self._cfg.max_response_tokens,
             temperature=self._cfg.temperature,
         )
         return [
             Answer(
-                text,
+                prompt.text,
                 self._tokenizer.decode(done.token_ids, skip_special_tokens=True),
-                ids,
+                prompt.ids,
                 done.token_ids,
                 done.log_probs,
                 done.finish_reason == "stop",
+                prompt.is_chat,
             )
-            for (text, ids), done in zip(prompts, completions, strict=True)
+            for prompt, done in zip(prompts, completions, strict=True)
         ]
 
     def answer_often(

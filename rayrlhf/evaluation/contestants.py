@@ -15,10 +15,11 @@ from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompts
 from rayrlhf.data.tokenizer import check_vocabulary, encode_text, read_tokenizer
+from rayrlhf.evaluation.answering import Prompt
 from rayrlhf.evaluation.judges import Answer
 from rayrlhf.models.folder import load_config
 
-Prompts = Sequence[tuple[str, list[int]]]
+Prompts = Sequence[Prompt]
 AnswerPrompts = Callable[
     [Mapping[str, str], Prompts, PreTrainedTokenizerFast, Recipe, EvaluateConfig],
     dict[str, list[Answer]],
@@ -98,7 +99,7 @@ def answers_of(
     """
     cfg = recipe.evaluate
     assert cfg is not None, "there is an evaluation"
-    ids = [ids for _, ids in prompts]
+    ids = [prompt.ids for prompt in prompts]
     kin = [one for one in field if _is_kin(one, ids, tokenizer)]
     answers: dict[str, list[Answer]] = {}
     if kin:
@@ -108,7 +109,7 @@ def answers_of(
     for one in field:
         if one.name in answers:
             continue
-        own = [(text, mine) for (text, _), mine in zip(prompts, one.prompts, strict=True)]
+        own = [prompt._replace(ids=ids) for prompt, ids in zip(prompts, one.prompts, strict=True)]
         longest = _with_length(recipe, one.max_length)
         given = answer_prompts({one.name: one.folder}, own, one.tokenizer, longest, cfg)[one.name]
         answers[one.name] = [

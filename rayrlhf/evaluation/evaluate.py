@@ -190,7 +190,10 @@ def choose_records(
 
 def as_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
     """Return text and token ids of prompts."""
-    return [(prompt_text(record), encode_prompt(record, tokenizer)) for record in records]
+    return [
+        Prompt(prompt_text(record), encode_prompt(record, tokenizer), "messages" in record)
+        for record in records
+    ]
 
 
 def _answer(

@@ -49,7 +49,7 @@ def with_demonstrations(  # noqa: PLR0913 (a prompt, what comes before it, and t
         else encode_text(tokenizer, cfg.separator)
     )
     made, counts = [], []
-    for number, (text, ids) in enumerate(prompts):
+    for number, prompt in enumerate(prompts):
         rng = np.random.default_rng([seed, 3, number])
         num_drawn = min(len(records), 4 * cfg.demonstrations)
         before: list[int] = []
@@ -59,9 +59,9 @@ def with_demonstrations(  # noqa: PLR0913 (a prompt, what comes before it, and t
             if example is None or count == cfg.demonstrations:
                 continue
             shown = example.ids[:-1] + between  # without its end-of-text
-            if len(before) + len(shown) + len(ids) <= room:
+            if len(before) + len(shown) + len(prompt.ids) <= room:
                 before, count = before + shown, count + 1
-        made.append((text, before + ids))
+        made.append(prompt._replace(ids=before + prompt.ids))
         counts.append(count)
     return FewShot(made, counts)
 
@@ -77,8 +77,8 @@ def as_answers(
     A cut answer counts as ended. Its token ids are those of its words, without log-probs.
     """
     found = []
-    for answer, (text, ids) in zip(given, prompts, strict=True):
-        plain = replace(answer, prompt=text, prompt_ids=ids)
+    for answer, prompt in zip(given, prompts, strict=True):
+        plain = replace(answer, prompt_ids=prompt.ids)
         cut = -1 if cfg.separator is None else answer.response.find(cfg.separator)
         if cut >= 0:
             kept = answer.response[:cut]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rayrlhf.config import Recipe
 from rayrlhf.data.datasets import Record, encode_comparisons, pad
 from rayrlhf.data.packing import microbatches
-from rayrlhf.data.records import identity
+from rayrlhf.data.records import identity, joined
 from rayrlhf.data.rows import PackedRows
 from rayrlhf.evaluation.agreement import (
     PairAccuracy,
@@ -88,9 +88,8 @@ class _Row:
 
     @property
     def text(self) -> str:
-        between = "\n\n" if "messages" in self.record else ""
-        text: str = self.record["prompt"] + between + self.record["responses"][self.k]
-        return text
+        response = self.record["responses"][self.k]
+        return joined(self.record["prompt"], response, is_chat="messages" in self.record)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -138,7 +137,7 @@ def agreement(texts: RatedTexts, scores: Floats, vader: Floats) -> dict[str, Any
         "pearson": pearson(scores, texts.ratings) if absolute else None,
         "num_pairs": found.num_pairs,
         "num_texts": len(texts.texts),
-        "human_pair_accuracy": human_ceiling(texts.single_ratings),
+        "human_pair_accuracy": human_ceiling(texts.single_ratings, texts.groups),
         "vader_pair_accuracy": by_rules.accuracy if by_rules else None,
         "vader_pearson": pearson(vader, texts.ratings) if absolute else None,
         **diagnostics({"": texts}, {"": scores}),

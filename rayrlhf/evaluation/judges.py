@@ -15,6 +15,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rayrlhf.data.datasets import pad
 from rayrlhf.data.packing import microbatches
+from rayrlhf.data.records import joined
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 
 Floats = npt.NDArray[np.float64]
@@ -33,11 +34,13 @@ class Answer:
     """Nats, one per response token, as the engine sampled it."""
     ended: bool
     """Whether it ended by itself, rather than at the limit of tokens."""
+    is_chat: bool = False
+    """Whether the prompt is a chat, and not a text that the response goes on with."""
 
     @property
     def text(self) -> str:
         """Prompt and response as one text."""
-        return self.prompt + self.response
+        return joined(self.prompt, self.response, is_chat=self.is_chat)
 
 
 class Judge(Protocol):

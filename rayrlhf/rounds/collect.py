@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -41,7 +42,8 @@ def sample(recipe: Recipe, round_: Recipe, policy: str) -> None:
     if path.exists():
         return
     wanted = SampleConfig(
-        model=_absolute(policy),  # where the task runs is another folder
+        # The task runs in another folder. What is not there is a name of a hub.
+        model=_absolute(policy) if Path(policy).exists() else policy,
         prompts=_absolute(cfg.prompts or ppo.prompts),
         num_prompts=cfg.num_prompts,
         num_responses=cfg.num_responses,
@@ -135,22 +137,33 @@ def _place(record: Record, seed: int) -> float:
 
 
 def _absolute(place: str) -> str:
-    """Return a local path from the root on, and anything else as it is."""
-    return place if ":" in place or not Path(place).exists() else str(Path(place).absolute())
+    """Return a local path, or a pattern of some, from the root on, and a URI as it is."""
+    return place if ":" in place else str(Path(place).absolute())
 
 
 def _of_people(round_: Recipe, items: Sequence[Record]) -> list[Record]:
-    """Return what people said on the page; raises PeopleNeeded as long as items are left."""
+    """Return what people said on the page; raises PeopleNeeded as long as items are left.
+
+    An item is done when as many people have ranked it as should, or all have ranked or skipped it.
+    """
     label = round_.label
     assert label is not None, "Recipe checks it"
     # A database on a server has what was said in other rounds, too.
-    wanted = {item_id(item["prompt"], item["responses"]) for item in items}
+    wanted: dict[str, int] = {}
+    for item, people in zip(items, exchange.wanted_people(len(items), label), strict=True):
+        name = item_id(item["prompt"], item["responses"])
+        wanted[name] = max(people, wanted.get(name, 0))
+    ranked: Counter[str] = Counter()
+    seen: dict[str, set[str]] = {name: set() for name in wanted}
     folder = (round_.path / LABEL_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     database = Database(label.database, folder)
     store = Store(database, claim_s=label.claim_s)
     try:
-        seen = {row.item for row in store.rankings()} & wanted
+        for row in store.rankings():
+            if row.item in wanted:
+                ranked[row.item] += row.ranks is not None
+                seen[row.item].add(row.labeller)
         records = [
             record
             for record in exchange.ranked_records(store)
@@ -158,9 +171,11 @@ def _of_people(round_: Recipe, items: Sequence[Record]) -> list[Record]:
         ]
     finally:
         database.close()
-    if seen < wanted:
+    everybody = set(label.labellers)
+    done = sum(ranked[name] >= people or seen[name] >= everybody for name, people in wanted.items())
+    if done < len(wanted):
         raise PeopleNeeded(
-            f"{round_.name} waits for people: {len(seen)} of {len(wanted)} prompts are judged. "
+            f"{round_.name} waits for people: {done} of {len(wanted)} prompts are judged. "
             f"`rayrlhf label {round_.path / 'recipe.yaml'}` opens the page; run this command again "
             "when they are done"
         )
@@ -172,7 +187,15 @@ def _points(
 ) -> list[Floats]:
     """Return for each item one number per response (K,); the higher one is better."""
     answers = [
-        Answer(item["prompt"], response, encode_prompt(item, tokenizer), [], [], ended=True)
+        Answer(
+            item["prompt"],
+            response,
+            encode_prompt(item, tokenizer),
+            [],
+            [],
+            ended=True,
+            is_chat="messages" in item,
+        )
         for item in items
         for response in item["responses"]
     ]
@@ -214,11 +237,10 @@ def _wins(items: Sequence[Record], judge: LLMJudge) -> list[Floats]:
 
 
 def _ranked(items: Sequence[Record], points: Sequence[Floats]) -> list[Record]:
-    """Return comparison records of one rater each, with ratings as those of people on the page."""
+    """Return comparison records of one rater each, as those of people on the page."""
     found = []
     for item, given in zip(items, points, strict=True):
         ranks = exchange.dense_ranks(given)
-        ratings = (len(given) + 1 - exchange.mid_ranks(ranks)).tolist()
-        single = [[rating] for rating in ratings]
-        found.append({**item, "ranks": ranks, "ratings": ratings, "single_ratings": single})
+        single = (len(given) + 1 - exchange.mid_ranks(ranks))[:, None].tolist()
+        found.append({**item, "ranks": ranks, "single_ratings": single})
     return found

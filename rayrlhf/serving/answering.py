@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ray import serve
 from transformers import AutoTokenizer
 
-from rayrlhf.config import ArenaConfig
+from rayrlhf.config import ArenaConfig, RecipeError
 from rayrlhf.data.datasets import encode_prompt
 from rayrlhf.generation import Engine
 from rayrlhf.serving.arena import Reply, opening
@@ -34,11 +34,10 @@ class ArenaModel:
         return await asyncio.to_thread(self._answer, prompts, seeds)
 
     def _answer(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
-        records = [opening(prompt, self._cfg.prompt_format) for prompt in prompts]
-        ids = [encode_prompt(record, self._tokenizer) for record in records]
-        fits = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self._room]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        fits = {i: ids for i, ids in enumerate(encoded) if not isinstance(ids, str)}
         done = self._engine.generate(
-            [ids[i] for i in fits],
+            list(fits.values()),
             max_tokens=self._cfg.max_response_tokens,
             temperature=self._cfg.temperature,
             seeds=[seeds[i] for i in fits],
@@ -47,8 +46,14 @@ class ArenaModel:
             i: Reply(self._tokenizer.decode(each.token_ids, skip_special_tokens=True))
             for i, each in zip(fits, done, strict=True)
         }
-        return [
-            replies.get(i)
-            or Reply("", f"the prompt has {len(tokens)} tokens, but {self._room} fit: shorten it")
-            for i, tokens in enumerate(ids)
-        ]
+        return [replies.get(i) or Reply("", str(wrong)) for i, wrong in enumerate(encoded)]
+
+    def _encode(self, prompt: str) -> list[int] | str:
+        """Return token ids, or what is wrong with the prompt."""
+        try:
+            ids = encode_prompt(opening(prompt, self._cfg.prompt_format), self._tokenizer)
+        except RecipeError as error:
+            return str(error)
+        if 0 < len(ids) <= self._room:
+            return ids
+        return f"the prompt has {len(ids)} tokens, but {self._room} fit: shorten it"

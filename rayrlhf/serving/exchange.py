@@ -2,7 +2,8 @@
 
 An exported record is what `reward.train` and `dpo.train` read: `ranks` from the mean of all people,
 `single_ratings` with what each of them said. A person's rating of a response is K + 1 - its rank,
-where tied responses share the mean of the ranks that they take: 1 (worst) to K (best).
+where tied responses share the mean of the ranks that they take: 1 (worst) to K (best). There are no
+`ratings`, which would compare responses to different prompts.
 """
 
 import json
@@ -22,8 +23,6 @@ from rayrlhf.serving.store import Store
 
 Floats = npt.NDArray[np.float64]
 FILE = "comparisons.jsonl"
-REPLACED = ("ranks", "ratings", "single_ratings")
-"""Columns of an item that say how others ranked it."""
 VOTES = {"a": [1, 2], "b": [2, 1], "tie": [1, 1], "bad": [1, 1]}
 """Ranks of the two answers of a battle."""
 
@@ -65,16 +64,16 @@ def _record(rows: list[Any]) -> Record:
     single = np.stack([num + 1 - mid_ranks(row.ranks) for row in rows], axis=1)  # (K, people)
     mean = single.mean(axis=1)
     return {
+        # An item that was exported before says what people said then, perhaps with `ratings`.
+        **{key: value for key, value in first.extra.items() if key != "ratings"},
         "prompt": first.prompt,
         "responses": first.responses,
         "ranks": dense_ranks(mean),
-        "ratings": [float(value) for value in mean],
         "single_ratings": [[float(value) for value in row] for row in single],
         "labellers": [row.labeller for row in rows],
         "single_ranks": [row.ranks for row in rows],
         "flags": [sorted(code for row in rows for code in row.flags[k]) for k in range(num)],
         "notes": [row.note for row in rows],
-        **{key: value for key, value in first.extra.items() if key not in REPLACED},
     }
 
 

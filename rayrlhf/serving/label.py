@@ -6,6 +6,7 @@
 4 records   <run>/label/comparisons.jsonl and arena.comparisons.jsonl
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rayrlhf import console, session
-from rayrlhf.config import LabelConfig, Recipe, RecipeError
+from rayrlhf.config import LabelConfig, Recipe, RecipeError, SampleConfig
 from rayrlhf.data import builtin
 from rayrlhf.data.records import read_records
+from rayrlhf.data.tokenizer import read_tokenizer
+from rayrlhf.lineage import read_json, write_json
 from rayrlhf.models.folder import load_config
 from rayrlhf.serving import exchange
 from rayrlhf.serving.answering import MAX_BATCH, ArenaModel
@@ -113,13 +116,23 @@ def export(store: Store, folder: Path) -> None:
 
 def _models(cfg: LabelConfig) -> dict[str, str]:
     """Return name and folder (or hub name) of the arena's models; raises RecipeError."""
-    found = {}
-    for name, path in (cfg.arena.models if cfg.arena is not None else {}).items():
-        found[name] = builtin.resolve(path)
+    found: dict[str, str] = {}
+    if cfg.arena is None:
+        return found
+    for name, path in cfg.arena.models.items():
+        folder = builtin.resolve(path)
         try:
-            load_config(found[name])
+            load_config(folder)
+            tokenizer = read_tokenizer(folder, fix="put the tokenizer of the model into its folder")
         except RecipeError as error:
             raise RecipeError(f"label.arena.models.{name}: {error}") from None
+        if cfg.arena.prompt_format == "chat" and not tokenizer.chat_template:
+            raise RecipeError(
+                f"label.arena.models.{name}: the tokenizer of {folder} has no chat template: set "
+                "label.arena.prompt_format=text, or name a model that was trained on chats"
+            )
+        # Its replica runs in another folder.
+        found[name] = str(Path(folder).absolute()) if Path(folder).is_dir() else folder
     return found
 
 
@@ -128,11 +141,7 @@ def _fill_queue(recipe: Recipe, cfg: LabelConfig, store: Store, folder: Path) ->
         return
     path = cfg.items
     if cfg.sample is not None:
-        sampled = folder / "items.jsonl"
-        if not sampled.is_file():
-            console.say(f"{'label':>9} sampling from {cfg.sample.model} into {sampled}")
-            sample_items(recipe, cfg.sample, sampled)
-        path = str(sampled)
+        path = str(_sampled(recipe, cfg.sample, folder))
     assert path is not None, "LabelConfig.ranks says that there are items"
     records = read_records(path, "item")
     number = store.set_items(records, exchange.wanted_people(len(records), cfg))
@@ -141,6 +150,28 @@ def _fill_queue(recipe: Recipe, cfg: LabelConfig, store: Store, folder: Path) ->
     console.say(
         f"{'label':>9} {number} items{same}; {progress.done} of {progress.wanted} rankings are done"
     )
+
+
+def _sampled(recipe: Recipe, cfg: SampleConfig, folder: Path) -> Path:
+    """Return the file of completions; those of other settings are moved aside.
+
+    What people said of the latter stays in the database.
+    """
+    path, settings_path = folder / "items.jsonl", folder / "items.settings.json"
+    settings = cfg.model_dump(mode="json", exclude={"memory_gib"})
+    settings |= {"seed": recipe.seed, "max_length": recipe.model.max_length}
+    if path.is_file() and settings_path.is_file():
+        before = read_json(settings_path)
+        changed = [key for key in settings if settings[key] != before.get(key)]
+        if changed:
+            kept = folder / f"items.previous-{int(time.time())}.jsonl"
+            path.rename(kept)
+            console.say(f"{'label':>9} other {', '.join(changed)}: {path} moved to {kept}")
+    if not path.is_file():
+        console.say(f"{'label':>9} sampling from {cfg.model} into {path}")
+        sample_items(recipe, cfg, path)
+        write_json(settings_path, settings)
+    return path
 
 
 def _application(

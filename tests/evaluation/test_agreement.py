@@ -70,6 +70,10 @@ def test_human_ceiling_of_raters_who_agree_is_1_and_by_hand() -> None:
     assert human_ceiling([[0, 2], [4, 1]]) == 0.0
     assert human_ceiling([[1], [2]]) is None
     assert human_ceiling([]) is None
+    # Ranks of people compare within an item only: the worst of one may beat the best of another.
+    ranked = [[2, 2], [1, 1], [1, 2], [2, 1]]
+    assert human_ceiling(ranked, [[0, 1]]) == 1.0
+    assert human_ceiling(ranked, [[0, 1], [2, 3]]) == 0.5
 
 
 def test_calibration_of_a_model_that_is_always_sure_and_half_right() -> None:

@@ -157,9 +157,9 @@ def test_a_judge_reads_the_whole_chat(tiny_tokenizer: Path) -> None:
     assert prompt_text({"messages": turns}) == "system: Be kind.\n\nuser: Hi."
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     tokenizer.chat_template = "{% for each in messages %}{{ each.content }}\n{% endfor %}"
-    [(text, ids)] = as_prompts([{"messages": turns}], tokenizer)
-    assert text == "system: Be kind.\n\nuser: Hi."
-    assert "Be kind." in tokenizer.decode(ids) and "Hi." in tokenizer.decode(ids)
+    [prompt] = as_prompts([{"messages": turns}], tokenizer)
+    assert prompt.text == "system: Be kind.\n\nuser: Hi." and prompt.is_chat
+    assert "Be kind." in tokenizer.decode(prompt.ids) and "Hi." in tokenizer.decode(prompt.ids)
     calls = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
     assert prompt_text({"messages": [calls, *turns]}).startswith('assistant: [{"id": 1}]\n\n')
 

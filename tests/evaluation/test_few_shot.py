@@ -20,7 +20,7 @@ def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerFast:
 
 
 def asked(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[Prompt]:
-    return [(text, encode_text(tokenizer, text)) for text in texts]
+    return [Prompt(text, encode_text(tokenizer, text)) for text in texts]
 
 
 def test_demonstrations_stand_before_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -28,9 +28,9 @@ def test_demonstrations_stand_before_the_prompt(tokenizer: PreTrainedTokenizerFa
     prompts = asked(tokenizer, "Say it:", "Say more:")
     shown = with_demonstrations(prompts, RECORDS, tokenizer, cfg, room=500, seed=0)
     assert shown.counts == [2, 2]
-    for (text, ids), (plain, _) in zip(shown.prompts, prompts, strict=True):
-        *examples, last = tokenizer.decode(ids).split("\n\n")
-        assert text == last == plain
+    for given, prompt in zip(shown.prompts, prompts, strict=True):
+        *examples, last = tokenizer.decode(given.ids).split("\n\n")
+        assert given.text == last == prompt.text
         assert len(set(examples)) == 2
         assert set(examples) <= {r["prompt"] + r["response"] for r in RECORDS}
     again = with_demonstrations(prompts, RECORDS, tokenizer, cfg, room=500, seed=0)
@@ -47,13 +47,13 @@ def test_only_what_fits_is_shown(tokenizer: PreTrainedTokenizerFast) -> None:
     [prompt] = asked(tokenizer, "Say it:")
     short = [{"prompt": "A", "response": " good"}]
     size = len(encode_text(tokenizer, "A good")) + 1  # and end-of-text
-    for room, count in ((len(prompt[1]) + size, 1), (len(prompt[1]) + size - 1, 0)):
+    for room, count in ((len(prompt.ids) + size, 1), (len(prompt.ids) + size - 1, 0)):
         shown = with_demonstrations([prompt], short, tokenizer, cfg, room=room, seed=0)
         assert shown.counts == [count]
-        assert len(shown.prompts[0][1]) == len(prompt[1]) + count * size
+        assert len(shown.prompts[0].ids) == len(prompt.ids) + count * size
     many = with_demonstrations([prompt], RECORDS, tokenizer, cfg, room=500, seed=0)
-    ids = many.prompts[0][1]
-    assert ids.count(tokenizer.eos_token_id) == 3 and ids[-len(prompt[1]) :] == prompt[1]
+    ids = many.prompts[0].ids
+    assert ids.count(tokenizer.eos_token_id) == 3 and ids[-len(prompt.ids) :] == prompt.ids
 
 
 def test_an_answer_ends_where_the_next_example_would_begin(
@@ -62,12 +62,12 @@ def test_an_answer_ends_where_the_next_example_would_begin(
     [prompt] = asked(tokenizer, "Say it:")
     text = " good film\n\nSay bad: bad"
     given = Answer(
-        "Say it:", text, [9, 9, *prompt[1]], encode_text(tokenizer, text), [-1.0], ended=False
+        "Say it:", text, [9, 9, *prompt.ids], encode_text(tokenizer, text), [-1.0], ended=False
     )
     [cut] = as_answers([given], [prompt], tokenizer, FewShotConfig())
-    assert (cut.response, cut.ended, cut.prompt_ids) == (" good film", True, prompt[1])
+    assert (cut.response, cut.ended, cut.prompt_ids) == (" good film", True, prompt.ids)
     assert cut.response_ids == encode_text(tokenizer, " good film")
     [whole] = as_answers([given], [prompt], tokenizer, FewShotConfig(separator="###"))
-    assert (whole.response, whole.ended, whole.prompt_ids) == (text, False, prompt[1])
+    assert (whole.response, whole.ended, whole.prompt_ids) == (text, False, prompt.ids)
     [plain] = as_answers([given], [prompt], tokenizer, FewShotConfig(separator=None))
     assert plain.response == text

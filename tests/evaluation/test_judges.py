@@ -1,5 +1,6 @@
 """Judges: VADER sees text, the reward model sees end-of-text; padding changes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_vader_prefers_praise_to_blame() -> None:
         ]
     )
     assert scores[0] > scores[1] == 0 > scores[2]
+
+
+def test_vader_takes_an_answer_in_a_chat_for_a_text_of_its_own() -> None:
+    asked = answer("How was it", "Great")
+    plain, chat = VaderJudge().score([asked, replace(asked, is_chat=True)])
+    assert plain == 0 < chat
 
 
 def test_reward_scores_in_batches_equal_those_of_each_alone(reward: RewardJudge) -> None:

@@ -28,7 +28,7 @@ from rayrlhf.rounds.folders import (
 from rayrlhf.run_dir import PeopleNeeded
 from rayrlhf.serving import exchange
 from rayrlhf.serving.database import Database
-from rayrlhf.serving.store import Judgement, Store
+from rayrlhf.serving.store import Judgement, Store, item_id
 
 ITEMS = [
     {"prompt": f"Review {i}:", "responses": [" It is good.", " It is bad.", f" A film {i}."]}
@@ -141,8 +141,8 @@ def test_rules_judge_and_a_share_is_held_out(make: Any) -> None:
     assert len(judged) + len(held_out) == 10 and 1 <= len(held_out) <= 6
     for record in judged + held_out:
         assert record["ranks"] == [1, 3, 2]  # good, bad, neither
-        assert record["ratings"] == [3.0, 1.0, 2.0]  # as people's on the page: K is best
-        assert record["single_ratings"] == [[3.0], [1.0], [2.0]]
+        # As people's on the page: K is best, and nothing compares with other prompts.
+        assert record["single_ratings"] == [[3.0], [1.0], [2.0]] and "ratings" not in record
         assert record["source"] == "01"
     assert not {r["prompt"] for r in judged} & {r["prompt"] for r in held_out}
 
@@ -179,7 +179,7 @@ def test_chats_are_judged_and_kept_as_chats(make: Any) -> None:
     recipe = make()
     round_ = first_round(recipe)
     turns = [{"role": role, "content": "Hi."} for role in ("user", "assistant", "user")]
-    said = [" I love it.", " I hate it."]
+    said = ["Great", "Awful"]  # no word of the prompt's last one
     items = [{"prompt": f"p{n}", "messages": turns, "responses": said} for n in range(4)]
     exchange.write(round_.path / SAMPLES, items)
     tokenizer = load_tokenizer(recipe)
@@ -256,6 +256,33 @@ def test_people_are_waited_for(make: Any) -> None:
     held_out = read_records(round_.path / HELD_OUT, "comparison")
     assert len(judged) + len(held_out) == 9
     assert all(r["ranks"] == [2, 1, 3] and r["labellers"] == ["ann"] for r in judged)
+
+
+def test_people_who_share_items_are_waited_for(make: Any) -> None:
+    """A skip leaves an item to the others, and half of the items want two people."""
+    recipe = make(label={"labellers": ["ann", "bob"], "overlap": 0.5}, judge="people")
+    round_ = first_round(recipe)
+    tokenizer = load_tokenizer(recipe)
+    with pytest.raises(PeopleNeeded, match="0 of 10"):
+        collect.judge(recipe, round_, tokenizer)
+    database = Database("", round_.path / "label")
+    store = Store(database, claim_s=60)
+    items = read_records(round_.label.items, "item")
+    store.set_items(items, exchange.wanted_people(10, round_.label))
+    for number, item in enumerate(items):
+        name = item_id(item["prompt"], item["responses"])
+        ranks = None if number in (1, 3) else [2, 1, 3]
+        store.judge("ann", Judgement(f"ann-{number}", name, ranks, [[]] * 3))
+    with pytest.raises(PeopleNeeded, match="3 of 10"):
+        collect.judge(recipe, round_, tokenizer)
+    while (item := store.next_item("bob")) is not None:
+        ranks = None if item.prompt == items[3]["prompt"] else [2, 1, 3]  # nobody likes this one
+        store.judge("bob", Judgement(f"bob-{item.id}", item.id, ranks, [[]] * 3))
+    database.close()
+    collect.judge(recipe, round_, tokenizer)
+    judged = read_records(round_.path / JUDGED, "comparison")
+    judged += read_records(round_.path / HELD_OUT, "comparison")
+    assert sorted(len(record["labellers"]) for record in judged) == [1] * 4 + [2] * 5
 
 
 def test_accuracy_counts_pairs_and_intervals_draw_records() -> None:

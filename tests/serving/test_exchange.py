@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from rayrlhf.algorithms.ranking import judged_pairs
-from rayrlhf.config import RecipeError, SampleConfig
+from rayrlhf.config import Recipe, RecipeError, SampleConfig, parse
 from rayrlhf.data.datasets import encode_comparisons
 from rayrlhf.data.records import read_records
-from rayrlhf.serving import exchange
+from rayrlhf.serving import exchange, label
 from rayrlhf.serving.exchange import (
     dense_ranks,
     mid_ranks,
@@ -61,7 +61,7 @@ def test_exported_rankings_are_what_the_reward_model_reads(
     assert first["labellers"] == ["Ann", "Bob"] and first["source"] == "toy"
     assert first["single_ratings"][0] == [6.0, 4.0]  # of Bob: third of six, after a tie
     assert first["single_ratings"][5] == [1.0, 1.5]
-    assert first["ratings"] == [5.0, 5.25, 4.75, 3.0, 1.75, 1.25]
+    assert "ratings" not in first
     assert first["ranks"] == [2, 1, 3, 4, 5, 6]
     assert first["single_ranks"] == [[1, 2, 3, 4, 5, 6], [2, 1, 1, 3, 4, 4]]
     assert first["flags"][0] == ["violent", "violent"]
@@ -70,6 +70,18 @@ def test_exported_rankings_are_what_the_reward_model_reads(
     encoded = encode_comparisons([first, second], tokenizer, 60)
     pairs = judged_pairs(torch.tensor(encoded[0].ranks), encoded[0].single_ratings)
     assert len(pairs.first) == 15 and float(pairs.target.min()) >= 0.5
+
+
+def test_items_that_were_judged_before_are_exported_as_they_are_judged_now(store: Store) -> None:
+    judge(store, "Ann", [1, 2, 3, 4, 5, 6])
+    exported = ranked_records(store)
+    assert store.set_items([{**exported[0], "ratings": [0.0] * 6}], [1]) == 1
+    judge(store, "Bob", [6, 5, 4, 3, 2, 1])
+    (record,) = ranked_records(store)
+    assert record["labellers"] == ["Ann", "Bob"] and record["notes"] == ["", ""]
+    assert record["single_ranks"] == [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]
+    assert record["flags"][0] == ["violent", "violent"] and record["source"] == "toy"
+    assert "ratings" not in record
 
 
 def test_exported_votes_are_comparisons_of_two(store: Store, tmp_path: Path) -> None:
@@ -104,6 +116,25 @@ def test_items_are_read_without_ranks(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=says) as caught:
             read_records(file, "item")
         assert "items.jsonl:1" in str(caught.value)
+
+
+def test_completions_of_other_settings_are_sampled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled: list[str] = []
+
+    def stub(recipe: Recipe, cfg: SampleConfig, path: Path) -> None:
+        sampled.append(cfg.model)
+        path.write_text(cfg.model)
+
+    monkeypatch.setattr(label, "sample_items", stub)
+    recipe = parse({"name": "x", "label": {"labellers": ["ann", "bob"], "items": "x"}})
+    for model, memory in (("a", 1.0), ("a", 2.0), ("b", 2.0)):
+        cfg = SampleConfig(model=model, prompts="p.jsonl", memory_gib=memory)
+        assert label._sampled(recipe, cfg, tmp_path).read_text() == model
+    assert sampled == ["a", "b"]
+    (kept,) = tmp_path.glob("items.previous-*.jsonl")
+    assert kept.read_text() == "a" and "other model: " in capsys.readouterr().out
 
 
 def test_completions_of_a_policy(tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:

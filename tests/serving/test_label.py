@@ -220,7 +220,7 @@ def test_the_arena_asks_real_models(tmp_path: Path, tiny_model: Path) -> None:
     assert read_records(file, "comparison")[0]["ranks"] == [1, 1]
 
 
-def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path, tiny_model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         recipe = write_recipe(tmp_path, taken.getsockname()[1], items=str(tmp_path / "none.jsonl"))
@@ -228,6 +228,9 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
     assert lacking.returncode == 2 and "no section label" in lacking.stderr
     far = toy.run("label", recipe, f"label.port={free_port()}", "label.host=203.0.113.1")
     assert far.returncode == 2 and "cannot listen there" in far.stderr, far.stderr
+    arena = {"models": {"a": str(tiny_model), "b": str(tiny_model)}, "prompt_format": "chat"}
+    bare = toy.run("label", recipe, f"label.port={free_port()}", f"label.arena={json.dumps(arena)}")
+    assert bare.returncode == 2 and "has no chat template" in bare.stderr, bare.stderr
     missing = toy.run("label", recipe, f"label.port={free_port()}")
     assert missing.returncode == 2 and "no such file" in missing.stderr, missing.stderr
     assert os.listdir(tmp_path / "run" / "label")

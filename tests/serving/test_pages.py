@@ -370,8 +370,37 @@ def test_the_arena(browser: Browser, server: Server, queue: Store) -> None:
     page.until("document.querySelector('#problem').textContent.includes('1000 fit')")
     assert page.run("document.querySelector('#prompt').value.length") == 1001
     assert page.run("window.hacked") is None
-    known = ("ERR_INTERNET_DISCONNECTED", "401", "422")
+    page.run(
+        "document.querySelector('#prompt').value = ''; document.querySelector('#prompt').focus()"
+    )
+    page.write("silence")  # no model answers now
+    page.click("#ask")
+    page.until("document.querySelector('#problem').textContent.includes('ask again in a while')")
+    page.goto(f"http://127.0.0.1:{server.port}/rank")  # which keeps nobody from ranking
+    ready(page, "How do I bake bread?")
+    page.goto(f"http://127.0.0.1:{server.port}/arena")
+    page.until("document.querySelector('#prompt').value === 'silence'")
+    known = ("ERR_INTERNET_DISCONNECTED", "401", "422", "503")
     assert page.complaints(but=lambda text: any(word in text for word in known)) == []
+
+
+def test_a_pair_that_was_voted_on_elsewhere(browser: Browser, server: Server) -> None:
+    page, other = browser.page(), browser.page()
+    for each in (page, other):
+        enter(each, server, "Ann", "arena")
+        each.until("document.activeElement.id === 'prompt'")
+    page.write("Tell me a story.")
+    page.click("#ask")
+    page.until("document.activeElement.id === 'answers-head'")
+    other.goto(f"http://127.0.0.1:{server.port}/arena")
+    other.until("document.activeElement.id === 'answers-head'")
+    other.press("1")
+    other.until("document.activeElement.id === 'next'")
+    page.press("2")
+    page.until("document.activeElement.id === 'next'")
+    page.until("document.querySelector('#problem').textContent.includes('voted')")
+    page.press("Enter")
+    page.until("document.activeElement.id === 'prompt'")
 
 
 def test_two_labellers_at_once(browser: Browser, server: Server, queue: Store) -> None:

@@ -1,19 +1,21 @@
 // The arena: a prompt of one's own, two answers without names, a vote, and then the names.
 
 import { $, complain, newKey, request, say, whoAmI } from "/static/common.js";
-import { send, sendLeft } from "/static/outbox.js";
+import { ask, send, sendLeft } from "/static/outbox.js";
 
 const me = await whoAmI();
 const buttons = Array.from(document.querySelectorAll("[data-vote]"));
 const SAID = { a: "You voted for A.", b: "You voted for B.", tie: "You voted for a tie.",
   bad: "You voted against both." };
 const ANSWER_MS = 300000;
+const DRAFT = "rayrlhf/prompt";
 let battle = null;
 let asked = { prompt: null, key: "" };
 let busy = false;
 
 function show(found) {
   battle = found;
+  sessionStorage.removeItem(DRAFT);
   for (const side of ["a", "b"]) {
     $(`text-${side}`).textContent = found.responses[side === "a" ? 0 : 1] || "(no answer)";
     $(`name-${side}`).textContent = "";
@@ -66,10 +68,11 @@ $("form").addEventListener("submit", (event) => {
   work(async () => {
     // The same prompt again, after an answer that was lost on its way, is the same request.
     if (asked.prompt !== prompt) asked = { prompt, key: newKey() };
+    sessionStorage.setItem(DRAFT, prompt); // it may have to sign in first
     $("ask").disabled = true;
     $("ask").textContent = "They are writing …";
     say("The models are writing.");
-    const answer = await send(me.name, "/api/battles", asked, ANSWER_MS);
+    const answer = await ask("/api/battles", asked, ANSWER_MS);
     asked = { prompt: null, key: "" };
     show(answer.battle);
   });
@@ -82,7 +85,15 @@ function vote(choice) {
       each.setAttribute("aria-pressed", String(each.dataset.vote === choice));
     }
     const body = { key: newKey(), vote: choice };
-    const answer = await send(me.name, `/api/battles/${battle.key}/vote`, body);
+    let answer;
+    try {
+      answer = await send(me.name, `/api/battles/${battle.key}/vote`, body);
+    } catch (error) {
+      $("result").textContent = "";
+      $("after").hidden = false; // go on with another prompt
+      $("next").focus();
+      throw error;
+    }
     $("name-a").textContent = answer.models[0];
     $("name-b").textContent = answer.models[1];
     if (choice === "a" || choice === "b") {
@@ -107,8 +118,12 @@ document.addEventListener("keydown", (event) => {
 $("next").addEventListener("click", clear);
 
 await work(async () => {
-  await sendLeft(me.name);
+  const left = await sendLeft(me.name);
   const open = await request("GET", "/api/battles");
   if (open.battle) show(open.battle);
-  else $("prompt").focus();
+  else {
+    $("prompt").value = sessionStorage.getItem(DRAFT) ?? "";
+    $("prompt").focus();
+  }
+  if (left.length) complain(`Not counted: ${left.join("; ")}.`);
 });

@@ -5,17 +5,26 @@
 import { $, Refusal, pause, request, toSignIn } from "/static/common.js";
 
 const PREFIX = "rayrlhf/outbox/";
-const AGAIN = [408, 425, 429, 500, 502, 503, 504];
+const SAVING = { again: [408, 425, 429, 500, 502, 503, 504], busy: "Saving …", done: "Saved",
+  off: "Not saved yet: no connection. It is kept here and sent again." };
+// A model that does not answer now says so with 503; 502 is a proxy, while the server starts.
+const ASKING = { again: [408, 425, 429, 502, 504], busy: "Asking …", done: "",
+  off: "No connection. Asking again …" };
 
 let waiting = 0;
 let wake = () => {};
 window.addEventListener("online", () => wake());
 
 /** Send until the server has it; returns its answer, throws Refusal when it says no for good. */
-export async function send(who, url, body, timeoutMs) {
+export async function send(who, url, body) {
   const entry = { who, url, body };
   localStorage.setItem(PREFIX + body.key, JSON.stringify(entry));
-  return deliver(entry, timeoutMs);
+  return deliver(entry, SAVING);
+}
+
+/** Ask until the server answers, without keeping the question; throws Refusal when it says no. */
+export async function ask(url, body, timeoutMs) {
+  return deliver({ url, body }, ASKING, timeoutMs);
 }
 
 /** Send what an earlier visit of this person left; returns why each refused one was refused. */
@@ -25,7 +34,7 @@ export async function sendLeft(who) {
   const refusals = [];
   for (const entry of entries.filter((each) => each.who === who)) {
     try {
-      await deliver(entry);
+      await deliver(entry, SAVING);
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       refusals.push(error.message);
@@ -34,28 +43,28 @@ export async function sendLeft(who) {
   return refusals;
 }
 
-async function deliver(entry, timeoutMs) {
+async function deliver(entry, how, timeoutMs) {
   waiting += 1;
   try {
     for (let wait = 400; ; wait = Math.min(wait * 2, 10000)) {
       try {
-        show(`Saving …`);
+        show(how.busy);
         const answer = await request("POST", entry.url, entry.body, timeoutMs);
         localStorage.removeItem(PREFIX + entry.body.key);
         waiting -= 1;
-        show(waiting ? "Saving …" : "Saved");
+        show(waiting ? how.busy : how.done);
         return answer;
       } catch (error) {
         if (error.status === 401) {
           toSignIn(); // the entry stays, and is sent after signing in
           await new Promise(() => {});
         }
-        if (error instanceof Refusal && !AGAIN.includes(error.status)) {
+        if (error instanceof Refusal && !how.again.includes(error.status)) {
           localStorage.removeItem(PREFIX + entry.body.key);
           throw error;
         }
       }
-      show("Not saved yet: no connection. It is kept here and sent again.", true);
+      show(how.off, true);
       await Promise.race([pause(wait), new Promise((done) => { wake = done; })]);
     }
   } catch (error) {
