@@ -46,6 +46,7 @@ def test_names_come_from_what_scores() -> None:
         ([{"model": "a", "weight": ".inf"}], "ppo.rewards.0.weight="),
         ([{"url": "http://x", "timeout_s": 200}], "ppo.rewards.0 may take 803.5 s"),
         ([{"function": "a:b", "timeout_s": 600}], "raise ppo.deadline_s"),
+        ([{"url": "http://x", "request_size": 1, "max_pending": 1}], "64 requests of request_size"),
         ([{"mod": "a"}], "unknown key ppo.rewards.0.mod: did you mean ppo.rewards.0.model?"),
     ],
 )

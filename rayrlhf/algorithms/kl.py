@@ -3,6 +3,7 @@
 Left out: the full-distribution KL, which needs the logits of both models for every token.
 """
 
+import math
 from typing import Literal, Protocol
 
 import torch
@@ -79,8 +80,10 @@ class AdaptiveKLController:
         """Raise the coefficient when `kl` (nats per response) is above the target, else lower it.
 
         The relative error is clipped to +-0.2; `num_responses` is how many responses `kl` is
-        the mean of.
+        the mean of. One that is not finite says nothing, and would stay in the coefficient.
         """
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
         # A batch larger than 5 horizons would turn the sign; it may take the coefficient to 0.
         self.coef *= max(1 + error * num_responses / self.horizon, 0.0)

@@ -206,6 +206,12 @@ class PPOConfig(AsynchronyConfig):
 
     @model_validator(mode="after")
     def _stale_log_probs_are_weighed(self) -> Self:
+        if self.importance_cap is not None and self.old_log_probs == "rollout":
+            raise ValueError(
+                f"ppo.importance_cap={self.importance_cap:g} has no effect with "
+                "ppo.old_log_probs=rollout, whose old policy is the engine's own: set "
+                "ppo.old_log_probs=actor, or leave the cap out"
+            )
         if self.max_staleness and self.old_log_probs == "rollout":
             raise ValueError(
                 f"ppo.old_log_probs=rollout with ppo.max_staleness={self.max_staleness}: the ratio "

@@ -1,5 +1,6 @@
 """What PPO's score is made of: reward models, ensembles, Python functions, HTTP endpoints."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,24 @@ def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
         if count > 1 or name in TAKEN:
             who = f"{count} of ppo.rewards have" if count > 1 else "the whole score has"
             raise ValueError(f"{who} the metric {metric}: give each of ppo.rewards a `name`")
+
+
+def check_pace(index: int, reward: RewardSource, num_responses: int, deadline_s: float) -> None:
+    """Raise ValueError when an endpoint may keep a worker for longer than a call may take.
+
+    `num_responses` are those of one worker in a step.
+    """
+    if reward.url is None:
+        return
+    requests = math.ceil(num_responses / reward.request_size)
+    rounds = math.ceil(requests / reward.max_pending)
+    if rounds * reward.timeout_s >= deadline_s:
+        raise ValueError(
+            f"ppo.rewards.{index} may take {rounds * reward.timeout_s:g} s a step: {requests} "
+            f"requests of request_size={reward.request_size}, max_pending={reward.max_pending} at "
+            f"a time, of timeout_s={reward.timeout_s:g} each, and ppo.deadline_s={deadline_s:g} "
+            "would end the run before: raise max_pending or ppo.deadline_s, or lower timeout_s"
+        )
 
 
 def check_kind(

@@ -4,12 +4,15 @@ A probe lets every engine answer a few fixed prompts, greedily and by sampling, 
 log-probs that it reports with the learner's. Beyond `ppo.kl_rollout_mismatch_max` the run stops,
 after experiments that find out which of these is wrong:
 
+    temperature    the gap is that of sampled answers, and gone at another temperature
+    top-p          the gap is that of sampled answers, and the engine's tokens are all the likelier:
+                   it leaves out part of the distribution (top-p, top-k, min-p)
     prefix cache   keys and values of old weights: the gap is gone when the cache is
     weights        an engine has others than the learner: the gap is gone when they are sent again
-    temperature    greedy answers agree, and the sampled ones do at another temperature
-    top-p          greedy answers agree, and the engine's sampled tokens are all the likelier: it
-                   leaves out part of the distribution (top-p, top-k, min-p)
-    dtype          none of these: engine and learner round differently
+    dtype          none of these, and no more than rounding does: engine and learner round
+                   differently
+
+A gap is gone when it is within the bound, or a fraction of what it was: in bfloat16 some is left.
 
 Old log-probs are the learner's with `ppo.old_log_probs: actor`, whose first ratio is exactly 1.
 With `rollout` they are the engine's, which saves a forward pass where a step has several
@@ -35,6 +38,10 @@ from rayrlhf.rl.supervision import Ref
 from rayrlhf.rl.waiting import Pending, known, share
 from rayrlhf.rl.weight_sync import sync_weights
 
+ROUNDING_MAX = 0.2
+"""Nats per token: more is no rounding. bfloat16 against float32 gives 0.01 to 0.1."""
+FRACTION = 4.0
+"""How much smaller a gap is that counts as gone, or as another one's."""
 TEMPERATURES = [2 ** (exponent / 8) for exponent in range(-24, 17)]
 """1/8 to 4, tried beside 1 when the engine seems to sample at another temperature."""
 Evaluated = tuple[Tensor, dict[str, float]]
@@ -63,7 +70,7 @@ class Gate:
         longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         self.prompts = [prompts.ids[index] for index in longest[: cfg.gate.num_prompts]]
         self.takes_rollout = cfg.old_log_probs == "rollout"
-        self._tolerates = False
+        self._bound = cfg.kl_rollout_mismatch_max
         self._probed = False
 
     def is_due(self, step: int) -> bool:
@@ -80,10 +87,10 @@ class Gate:
             return {}
         self._probed = True
         greedy, sampled = self._measure(0.0), self._measure(self.cfg.temperature)
-        worst = max(greedy.gap, sampled.gap)
+        worst = worst_of(greedy, sampled)
         if self.cfg.old_log_probs == "auto":
             self.takes_rollout = worst <= self.cfg.gate.rollout_max
-        if not worst <= self.cfg.kl_rollout_mismatch_max:
+        if worst > self.cfg.kl_rollout_mismatch_max:
             self._judge(greedy, sampled, version)
         is_said = step % self.cfg.gate.every == 0
         return {"gate/greedy": greedy.gap, "gate/sampled": sampled.gap} if is_said else {}
@@ -109,8 +116,8 @@ class Gate:
     def check(self, log_probs: Tensor, rollout_log_probs: Tensor) -> float:
         """Return mean |log-prob of the engine - of the learner|, nats per token; NaN for no token.
 
-        Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`, unless a probe found that rounding
-        is why.
+        Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`; where a probe found that rounding
+        is why, beyond what rounding does.
         """
         if not len(log_probs):
             return math.nan
@@ -123,7 +130,7 @@ class Gate:
         return update
 
     def _allow(self, mismatch: float) -> float:
-        if not self._tolerates and not mismatch <= self.cfg.kl_rollout_mismatch_max:
+        if not mismatch <= self._bound:
             raise RuntimeError(too_large(mismatch, self.cfg))
         return mismatch
 
@@ -138,10 +145,13 @@ class Gate:
     def _judge(self, greedy: Probe, sampled: Probe, version: int) -> None:
         """Stop the run with the reason, or go on where `auto` computes around it."""
         what, fix = self._cause(greedy, sampled, version)
-        worst = max(greedy.gap, sampled.gap)
-        self._tolerates = what.startswith("dtype") and self.cfg.old_log_probs == "auto"
-        if not self._tolerates:
+        worst = worst_of(greedy, sampled)
+        if what.startswith("dtype") and worst > ROUNDING_MAX:
+            what = f"none of what they know, and rounding gives less than {ROUNDING_MAX:g}"
+            fix = "see the log of the engines"
+        if not what.startswith("dtype") or self.cfg.old_log_probs != "auto":
             raise RuntimeError(f"{too_large(worst, self.cfg)}. Probes say {what}: {fix}")
+        self._bound = max(self.cfg.kl_rollout_mismatch_max, ROUNDING_MAX)
         console.say(
             f"ppo: engine and actor differ by {worst:.3g} nats per token ({what}): old log-probs "
             "are the actor's (ppo.old_log_probs=auto)"
@@ -149,15 +159,19 @@ class Gate:
 
     def _cause(self, greedy: Probe, sampled: Probe, version: int) -> tuple[str, str]:
         """Find out what is wrong, by what makes it right; returns that and what to do."""
-        if not self._agrees(greedy):
+        bound = self.cfg.kl_rollout_mismatch_max
+        of_sampling = greedy.gap <= bound or sampled.gap > FRACTION * greedy.gap
+        rounding = max(bound, FRACTION * greedy.gap)
+        if of_sampling and (cause := self._cause_of_sampling(sampled, rounding)):
+            return cause
+        if not greedy.gap <= bound:
+            gone = max(bound, greedy.gap / FRACTION)
             self.roles.rollout.reset_prefix_cache().wait()
-            if self._agrees(self._measure(0.0)):
+            if self._measure(0.0).gap <= gone:
                 return "a stale prefix cache", "it must be reset when weights are loaded"
             sync_weights(self.roles.actor, self.roles.rollout, version=version)
-            if self._agrees(self._measure(0.0)):
+            if self._measure(0.0).gap <= gone:
                 return "weights of another version in an engine", "see the log of the engines"
-        elif cause := self._cause_of_sampling(sampled):
-            return cause
         engine, learner = self.roles.rollout.dtype(), self.cfg.actor.precision
         return (
             f"dtype: the engines compute in {engine}, the actor in {learner}",
@@ -165,7 +179,7 @@ class Gate:
             "ppo.kl_rollout_mismatch_max=0.1",
         )
 
-    def _cause_of_sampling(self, sampled: Probe) -> tuple[str, str] | None:
+    def _cause_of_sampling(self, sampled: Probe, rounding: float) -> tuple[str, str] | None:
         wanted = self.cfg.temperature
         rollout = self.roles.rollout.probe(self.prompts, wanted).wait()
         gaps = {
@@ -173,13 +187,13 @@ class Gate:
             for temperature in TEMPERATURES
         }
         best = min(gaps, key=lambda temperature: gaps[temperature])
-        if gaps[best] < sampled.gap / 4 and abs(best / wanted - 1) > 1e-3:
+        if gaps[best] < sampled.gap / FRACTION and abs(best / wanted - 1) > 1e-3:
             return (
                 f"temperature: the engine's log-probs are those of {best:.2g}, not of {wanted:g}",
                 "it must sample at ppo.temperature and report log-probs after it",
             )
         kept = sampled.learner - sampled.engine  # log of what the engine kept, at each token
-        if float(kept.max()) <= self.cfg.kl_rollout_mismatch_max:
+        if float(kept.quantile(0.95)) <= rounding and float(kept.mean()) < -rounding:
             return (
                 f"top-p, top-k or min-p: the engine keeps {math.exp(float(kept.mean())):.0%} of "
                 "the distribution",
@@ -187,8 +201,10 @@ class Gate:
             )
         return None
 
-    def _agrees(self, probe: Probe) -> bool:
-        return probe.gap <= self.cfg.kl_rollout_mismatch_max
+
+def worst_of(*probes: Probe) -> float:
+    """Return the largest gap; infinity for one that is no number."""
+    return max(math.inf if math.isnan(probe.gap) else probe.gap for probe in probes)
 
 
 def too_large(mismatch: float, cfg: PPOConfig) -> str:

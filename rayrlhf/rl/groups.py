@@ -8,6 +8,7 @@ travel as references (`waiting.share`), which this module never opens.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import ray.exceptions
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from rayrlhf.transfer import Described, Meeting
 T = TypeVar("T")
 Submit = Callable[[Handle], Ref]
 """Starts a call on a worker."""
+OF_THE_ACTOR = ("load_weights", "keep_weights")
+"""Calls that read what the actor has put into the object store."""
 WEIGHTS = "weights"
 """Group of threads of an engine that takes weights beside what it generates."""
 
@@ -103,6 +106,9 @@ class Group:
 
     def _died(self, call: Call, error: Exception) -> None:
         assert self.supervisor is not None
+        if call.name in OF_THE_ACTOR and isinstance(error, ray.exceptions.ObjectLostError):
+            # No successor finds them either: they went with the node of the actor's rank.
+            raise self.supervisor.lose(call.seat, call.name, error) from error
         self.supervisor.replace(call.seat, call.name, error)
 
 

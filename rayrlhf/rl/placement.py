@@ -26,7 +26,7 @@ from rayrlhf.rl.groups import (
 )
 from rayrlhf.rl.layout import Layout, Place, arrange
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.supervision import Handle, Seat, Supervisor
+from rayrlhf.rl.supervision import Handle, LearnerLost, Seat, Supervisor
 from rayrlhf.rl.turns import Turns
 from rayrlhf.rl.waiting import Pending, nothing, wait_all
 from rayrlhf.rl.weight_sync import Broadcast
@@ -87,6 +87,29 @@ class Roles:
         if self.actor.turns is not None:
             self.actor.turns.give_up(ended=("actor", "critic"))
         wait_all(*[group.renew(settings[group.role]) for group in self.trained])
+
+    def start(self, settings: Mapping[Role, RoleSettings]) -> None:
+        """Load every model; when a rank that trains dies meanwhile, all that train start again.
+
+        `settings` are those that the workers have. Raises RuntimeError when that happens too often.
+        """
+        others = [group for group in self.groups if group not in self.trained]
+        started: list[Pending[None]] = []
+        is_again = False
+        while True:
+            try:
+                trained = [
+                    group.renew(settings[group.role]) if is_again else group.start()
+                    for group in self.trained
+                ]
+                for group in others[len(started) :]:
+                    started.append(group.start())
+                wait_all(*trained, *started)
+                return
+            except LearnerLost:
+                is_again = True
+                if self.actor.turns is not None:
+                    self.actor.turns.give_up(ended=("actor", "critic"))
 
 
 def cluster_nodes() -> list[dict[str, float]]:
@@ -165,7 +188,7 @@ class Bundles:
         """
         ends = time.monotonic() + self.wait_s
         next_line = time.monotonic()
-        while (table := placement_group_table(self.group))["state"] != "CREATED":
+        while (found := self._nodes()) is None:
             now = time.monotonic()
             nodes = ", ".join(f"{node.get('CPU', 0):g} CPU" for node in cluster_nodes())
             missing = (
@@ -181,9 +204,21 @@ class Bundles:
                 console.say(f"ppo: waiting for a node, {ends - now:.0f} s left: {missing}")
                 next_line = now + waiting.LINE_EVERY_S
             time.sleep(0.2)
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return found
+
+    def _nodes(self) -> list[str] | None:
+        """Return the address of the node of each bundle; None while Ray looks for one.
+
+        The group counts as placed for a moment after a node was lost.
+        """
+        table = placement_group_table(self.group)
+        alive = {
+            node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]
+        }
         nodes_of = table["bundles_to_node_id"]
-        return [addresses[nodes_of[index]] for index in range(len(self.layout.bundles))]
+        found = [alive.get(nodes_of.get(index)) for index in range(len(self.layout.bundles))]
+        is_there = table["state"] == "CREATED" and None not in found
+        return [str(address) for address in found] if is_there else None
 
     def close(self) -> None:
         """End every worker, and give the bundles back."""
@@ -221,7 +256,7 @@ def launch(
             place = next(place for place in layout.places if place.role == "rollout")
             width = len(place.spread) or max(1, int(place.gpus))
             roles.rollout.broadcast = Broadcast(roles.actor, roles.rollout, width)
-        wait_all(*[group.start() for group in roles.groups])
+        roles.start(settings)
         yield roles
     finally:
         bundles.close()

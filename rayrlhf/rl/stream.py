@@ -84,7 +84,9 @@ class RolloutStream(ABC):
         self._start_more(step)
 
     def catch_up(self) -> None:
-        """Wait until every engine has the newest weights; what it has to do comes before."""
+        """Wait until every engine has the newest weights and nothing to do."""
+        for started in self._running():
+            started.wait()
         behind = [engine for engine, sent in enumerate(self._sent) if sent != self.version]
         if behind:
             loading = self.roles.rollout.load_weights(self._weights, self.version, engines=behind)
@@ -97,6 +99,10 @@ class RolloutStream(ABC):
 
     @abstractmethod
     def _start_more(self, step: int) -> None: ...
+
+    @abstractmethod
+    def _running(self) -> list[Started]:
+        """Return what was started and not taken, in that order."""
 
     def _parts(self, batch: int) -> list[Part]:
         """Cut a batch into one part per engine, none without prompts."""
@@ -131,6 +137,9 @@ class InOrder(RolloutStream):
         """Wait for batch `step`."""
         return Rollout.join([started.wait() for started in self._started.pop(step)]), 0
 
+    def _running(self) -> list[Started]:
+        return [started for batch in self._started.values() for started in batch]
+
     def _start_more(self, step: int) -> None:
         before_checkpoint = step + self.cfg.save_every - step % self.cfg.save_every
         end = min(step + self.cfg.max_staleness + 1, before_checkpoint, self.cfg.steps)
@@ -163,6 +172,9 @@ class AsReady(RolloutStream):
             wait_any(*[started.pending for started in self._started])
         taken, self._done = self._done[: self.num_engines], self._done[self.num_engines :]
         return Rollout.join([rollout for _, rollout in taken]), dropped
+
+    def _running(self) -> list[Started]:
+        return list(self._started)
 
     def _collect(self) -> None:
         running, free = [], set()

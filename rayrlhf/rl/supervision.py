@@ -73,6 +73,9 @@ class Call:
     def done(self, result: Any) -> None:
         """Take in the answer."""
         self.result, self.is_done = result, True
+        if self.is_again:  # what a successor does next has waited for this
+            for each in self.seat.calls:
+                each.started = time.monotonic()
         self.seat.forget_what_is_past()
 
 
@@ -100,8 +103,8 @@ class Seat:
         self.calls = [*past, *(each for each in self.calls if not each.is_done)]
 
     def give_up(self) -> None:
-        """Forget the calls that nobody waits for any more."""
-        self.calls = [each for each in self.calls if each.is_done]
+        """Forget the calls that nobody waits for any more; a successor starts all the same."""
+        self.calls = [each for each in self.calls if each.is_done or each.name == "start"]
 
     def pass_on(self, successor: Handle) -> None:
         """Let a new worker do all of it again, in the same order."""

@@ -2,10 +2,10 @@
 
     turn      who has the memory of the device      calls
     rollout   engine: weights and KV cache          start, generate, probe, load_weights, ...
-    actor     optimizer state of the actor          start, update
-    critic    optimizer state of the critic         start, update
+    actor     optimizer state of the actor          start, update, save
+    critic    optimizer state of the critic         start, update, save
     none      nobody: room for activations          start, log_probs, values, score, ...
-    any       as it is                              weights, save, export, clocks
+    any       as it is                              weights, export, clocks
 
 This table is the only place that knows the order. Before a call starts, the calls of the turn
 before are waited for, its holder goes to sleep, and the next one wakes: never are two of them awake
@@ -20,8 +20,8 @@ from rayrlhf.config import Role
 HOLDERS: tuple[Role, ...] = ("rollout", "actor", "critic")
 OWN_TURN: Mapping[Role, frozenset[str] | None] = {
     "rollout": None,  # whatever an engine does
-    "actor": frozenset({"start", "update"}),
-    "critic": frozenset({"start", "update"}),
+    "actor": frozenset({"start", "update", "save"}),
+    "critic": frozenset({"start", "update", "save"}),
 }
 """Calls for which a holder has to be awake; None: all."""
 ANY_TURN = frozenset(
@@ -31,7 +31,6 @@ ANY_TURN = frozenset(
         "frozen_weights",
         "keep_weights",
         "dtype",
-        "save",
         "export",
         "read_clock",
         "start_trace",

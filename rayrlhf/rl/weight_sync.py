@@ -50,6 +50,8 @@ class Broadcast:
 
         Raises LearnerLost when a worker dies meanwhile, with all engines renewed.
         """
+        # An engine that died since it was last asked is replaced in place, outside the broadcast.
+        self._rollout.reset_prefix_cache().wait()
         dtype = self._rollout.dtype()
         if self._described is None:
             self._described = self._actor.described(dtype).wait()

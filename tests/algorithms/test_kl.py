@@ -122,6 +122,10 @@ def test_controllers_are_chosen_by_the_target() -> None:
     assert isinstance(fixed, FixedKLController)
     assert fixed.coef == 0.02
     assert isinstance(make_kl_controller(0.02, 6.0, 100), AdaptiveKLController)
+    adaptive = make_kl_controller(0.02, 6.0, 100)
+    for no_number in (math.nan, math.inf):
+        adaptive.update(no_number, 8)
+    assert adaptive.coef == 0.02
     with pytest.raises(ValueError, match="above 0"):
         AdaptiveKLController(0.1, target=0.0, horizon=100)
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_ADDRESS"] = "local"
@@ -196,10 +197,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             for batch_size in batches:
                 point = (num_nodes * per_node, batch_size)
                 found[point] = seconds_per_step(*point, args)
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                memory = psutil.Process().memory_info().rss / 2**20
                 print(
                     f"{num_nodes} nodes, {point[0]:2} engines, batch {batch_size:4}: "
-                    f"{1000 * found[point]:.1f} ms per step, {memory:.0f} MiB at most",
+                    f"{1000 * found[point]:.1f} ms per step, {memory:.0f} MiB",
                     flush=True,
                 )
     finally:
@@ -211,7 +212,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         f"ratio_{many}_engines_to_{few}_small_batch": found[many, small] / found[few, small],
         "ratio_batch_growth": (found[few, large] / found[few, small]) / (large / small),
         "driver_ms_per_step": 1000 * found[many, large],
-        "driver_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "driver_mib": psutil.Process().memory_info().rss / 2**20,
     }
 
 

@@ -19,26 +19,30 @@ SCRIPT = """
 import json, sys
 import ray
 from rayrlhf.config import parse
-from rayrlhf.rl.groups import RolloutGroup
+from rayrlhf.rl.groups import ActorGroup, RolloutGroup
 from rayrlhf.rl.ppo import train_ppo
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 plain, broadcast = map(json.loads, sys.argv[1:])
 train_ppo(parse(plain))
 
-calls = {"generate": 0, "receive_weights": 0}
-def dies(name, number, seat):
-    call = getattr(RolloutGroup, name)
+calls, engines = {}, []
+def dies(kind, name, deaths):  # deaths: number of the call to the seat of an engine
+    call = getattr(kind, name)
+    calls[name] = 0
     def asked(self, *args, **keys):
         pending = call(self, *args, **keys)
         calls[name] += 1
-        if calls[name] == number:
-            ray.kill(self.seats[seat].worker)
+        if kind is RolloutGroup:
+            engines[:] = [self]
+        if calls[name] in deaths:
+            ray.kill(engines[0].seats[deaths[calls[name]]].worker)
         return pending
-    setattr(RolloutGroup, name, asked)
+    setattr(kind, name, asked)
 
-dies("generate", 2, 1)         # step 2: its successor catches up alone
-dies("receive_weights", 4, 0)  # after step 3: all go back to the checkpoint of step 2
+dies(ActorGroup, "update", {1: 0})             # step 1: it is noticed before the broadcast
+dies(RolloutGroup, "generate", {2: 1, 5: 1})   # steps 2 and 4: its successor catches up alone
+dies(RolloutGroup, "receive_weights", {4: 0})  # after step 3: all go back to that of step 2
 train_ppo(parse(broadcast))
 print("RESULT", json.dumps(calls))
 """
@@ -47,7 +51,7 @@ print("RESULT", json.dumps(calls))
 @pytest.mark.ray
 @pytest.mark.slow
 def test_broadcast_weights_are_those_of_the_object_store(tmp_path: Path, tiny_model: Path) -> None:
-    """Bit by bit, with two engines, of which one dies in a rollout and one in a broadcast."""
+    """Bit by bit, with two engines that die before, in and after a broadcast."""
     model = engine_model(tmp_path / "model", tiny_model)
     plain, broadcast = (make_run(tmp_path / name, model) for name in ("plain", "broadcast"))
     for recipe in (plain, broadcast):
@@ -63,12 +67,15 @@ def test_broadcast_weights_are_those_of_the_object_store(tmp_path: Path, tiny_mo
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "rollout worker 1 died in generate, its successor does it again" in done.stdout
+    assert "worker 0 died in reset_prefix_cache, its successor does it again" in done.stdout
+    assert done.stdout.count("rollout worker 1 died in generate, its successor") == 2
     assert "worker 0 died in receive_weights, all trained ranks go back" in done.stdout
     assert "back to step 2" in done.stdout
     # Versions 0, 1, 2, 3, and from the checkpoint on 2, 3, 4; steps 1, 2, 3, and again 3, 4.
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert json.loads(line.removeprefix("RESULT")) == {"generate": 5, "receive_weights": 7}
+    assert json.loads(line.removeprefix("RESULT")) == {
+        **{"update": 5, "generate": 5, "receive_weights": 7}
+    }
 
     rows = [
         timeless(read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl"))

@@ -81,6 +81,40 @@ class Bfloat16(SmallEngine):
         self.model.to(torch.bfloat16)
 
 
+class RoundedTopP(TopP, Bfloat16):
+    """Both at once."""
+
+
+class RoundedHalfTemperature(HalfTemperature, Bfloat16):
+    """Both at once."""
+
+
+class RoundedStaleCache(StaleCache, Bfloat16):
+    """Both at once."""
+
+
+class RoundedMissesAnUpdate(MissesAnUpdate, Bfloat16):
+    """Both at once."""
+
+
+class Wrong(SmallEngine):
+    """Says of every token that it is half as likely again as it is."""
+
+    def distribution(self, rows: torch.Tensor, temperature: float) -> torch.Tensor:
+        return super().distribution(rows, temperature) + 0.4
+
+
+class NoNumbers(SmallEngine):
+    """Says nothing of how likely its sampled tokens are."""
+
+    def generate(self, prompts: Any, *, temperature: float, **keys: Any) -> Any:
+        found = super().generate(prompts, temperature=temperature, **keys)
+        if temperature > 0:
+            for each in found:
+                each.log_probs[:] = [float("nan")] * len(each.log_probs)
+        return found
+
+
 @pytest.fixture
 def gate_of(
     make_roles: Callable[..., Roles], settings: Callable[..., RoleSettings]
@@ -130,6 +164,25 @@ def test_a_fault_is_named_and_ends_the_run(
         gate.probe(0, 1)
 
 
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (RoundedHalfTemperature, "temperature: the engine's log-probs are those of 0.35"),
+        (RoundedTopP, "top-p, top-k or min-p: the engine keeps [78]"),
+        (RoundedStaleCache, "a stale prefix cache"),
+        (RoundedMissesAnUpdate, "weights of another version in an engine"),
+        (Wrong, "none of what they know, and rounding gives less than 0.2"),
+        (NoNumbers, "nats per token"),
+    ],
+)
+def test_a_fault_is_told_from_rounding(
+    gate_of: Callable[..., Gate], engine: type[SmallEngine], reason: str
+) -> None:
+    gate = gate_of(engine, old_log_probs="auto", kl_rollout_mismatch_max=1e-6)
+    with pytest.raises(RuntimeError, match=reason):
+        gate.probe(0, 1)
+
+
 def test_another_dtype_is_named_or_computed_around(
     gate_of: Callable[..., Gate], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +193,9 @@ def test_another_dtype_is_named_or_computed_around(
     assert not gate.takes_rollout
     assert "old log-probs are the actor's" in capsys.readouterr().out
     gate.watch({"kl/rollout_mismatch": 0.05})
+    for more in (0.3, float("nan")):
+        with pytest.raises(RuntimeError, match="kl/rollout_mismatch="):
+            gate.watch({"kl/rollout_mismatch": more})
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_37_no_importance_weight_is_above_the_cap(mode: str, expected: list[floa
         ({"max_staleness": -1}, "max_staleness"),
         ({"max_staleness": 1, "old_log_probs": "rollout"}, r"ppo\.old_log_probs=actor"),
         ({"importance_cap": 0}, "importance_cap"),
+        ({"importance_cap": 2.0, "old_log_probs": "rollout"}, "whose old policy is the engine's"),
         ({"max_staleness": 1, "stale": "drop", "batch_size": 15}, r"does not divide over .*=2"),
     ],
 )

@@ -152,6 +152,42 @@ def test_calls_in_flight_are_repeated_under_the_weights_that_they_had(make: Make
     assert group.supervisor.num_restarts == 1
 
 
+def test_what_is_given_up_is_not_repeated_but_for_the_start(make: Make, log: Log) -> None:
+    """A successor that nobody has waited for yet dies, too."""
+    group = make(RolloutGroup)
+    group.renew()
+    group.generate([[1]], 5)
+    group.give_up()
+    group.seats[0].worker.worker.answers["load_weights"] = DEAD
+    log.clear()
+    assert group.load_weights(["weights"], 1).wait() == [1]
+    assert log == [
+        ("rollout0'", "load_weights", 1),
+        ("rollout0''", "start"),
+        ("rollout0''", "load_weights", 1),
+    ]
+
+
+def test_what_a_successor_does_counts_from_when_it_can(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = make(RolloutGroup)
+    flying = [group.generate([[1]], step) for step in (5, 6)]
+    first, second = (pending.calls[0] for pending in flying)
+    group.seats[0].pass_on(group.seats[0].worker)
+    clock = iter(range(1000, 2000, 100))
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: float(next(clock)))
+    first.done("rollout")
+    assert second.started >= 1000 and second.is_again
+
+
+def test_weights_that_nobody_has_any_more_are_the_loss_of_the_actor(make: Make) -> None:
+    lost = ray.exceptions.ObjectLostError("00", None, "call")
+    group = make(RolloutGroup, {"load_weights": lost})
+    with pytest.raises(LearnerLost, match=r"rollout\.load_weights: worker 0 died"):
+        group.load_weights(["weights"], 1).wait()
+
+
 def test_a_death_between_two_calls_is_noticed_by_the_next(make: Make, log: Log) -> None:
     group = make(RolloutGroup, {"load_weights": DEAD})
     group.generate([[1]], 0).wait()

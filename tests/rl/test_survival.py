@@ -21,7 +21,6 @@ from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.state import restore, resume_point
 from rayrlhf.rl.supervision import Supervisor
-from rayrlhf.rl.waiting import wait_all
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from rayrlhf.training.checkpoint import begin, commit, is_complete
 from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine
@@ -93,7 +92,7 @@ def run(
                 workers = [spawn(0, settings[role])]
                 fronts[role] = kind(workers, deadline_s=60, supervisor=supervisor)
             roles = Roles(**fronts)  # type: ignore[arg-type]
-            wait_all(*[group.start() for group in roles.groups])
+            roles.start(settings)  # type: ignore[arg-type]
             yield roles
 
         monkeypatch.setattr(ppo, "launch", launch)
@@ -189,6 +188,17 @@ def test_learners_that_die_while_they_go_back_start_once_more(
     rows = run("lost", ("actor", "update", 3), ("critic", "start", 2), ("critic", "start", 3))
     assert undisturbed(rows) == undisturbed(run("whole"))
     assert (rows[-1]["restarts/actor"], rows[-1]["restarts/critic"]) == (1, 2)
+
+
+def test_learners_that_die_while_they_start_do_so_once_more(
+    run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    deaths = [("actor", "start", 1), ("critic", "start", 2), ("reward", "start", 1)]
+    rows = run("lost", *deaths)
+    said = capsys.readouterr().out
+    assert undisturbed(rows) == undisturbed(run("whole"))
+    assert [rows[-1][f"restarts/{role}"] for role in KINDS] == [1, 1, 0, 1, 0]
+    assert said.count("died in start, all trained ranks go back") == 2
 
 
 def test_too_many_deaths_end_the_run_and_keep_its_checkpoint(
