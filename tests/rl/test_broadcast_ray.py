@@ -1,6 +1,7 @@
 """Weights that go straight into the engines: Ray, vLLM, a group over gloo, and who dies in it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_broadcast_weights_are_those_of_the_object_store(tmp_path: Path, tiny_mo
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "worker 0 died in reset_prefix_cache, its successor does it again" in done.stdout
-    assert done.stdout.count("rollout worker 1 died in generate, its successor") == 2
+    # It may have answered before it died: then the next call notices.
+    deaths = re.findall(r"rollout worker 1 died in (generate|reset_prefix_cache), ", done.stdout)
+    assert len(deaths) == 2
     assert "worker 0 died in receive_weights, all trained ranks go back" in done.stdout
     assert "back to step 2" in done.stdout
     # Versions 0, 1, 2, 3, and from the checkpoint on 2, 3, 4; steps 1, 2, 3, and again 3, 4.
