@@ -172,6 +172,9 @@ def test_two_rounds_killed_and_resumed(finished: tuple[Path, str], tmp_path: Pat
     results = json.loads((run / "evaluation/results.json").read_text())
     assert results["rounds"] == rounds
     assert results["battles"]["models"][-2:] == ["round-1", "round-2"]
+    for figure in ("entropy_nats_per_token", "distinct_2", "held_out_loss", "variety"):
+        assert {"sft", "ppo_ptx", "round-1", "round-2"} <= set(results[figure]), figure
+    assert results["hacking"]["trained"] == "round-2"
     for found in results["battles"]["judges"].values():
         gains = found["rating_gains"]
         assert {name: gain["over"] for name, gain in gains.items()} == {

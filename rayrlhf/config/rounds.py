@@ -15,7 +15,7 @@ class RoundsConfig(Section):
     all comparisons so far, and goes on with PPO. `rounds: 2` is short for `{num_rounds: 2}`.
     """
 
-    num_rounds: Positive
+    num_rounds: Annotated[int, Field(ge=1, le=99)]
     judge: Literal["people", "vader"] | JudgeConfig = "people"
     """`people`: on the page of `rayrlhf label`, for which the run waits without a process of its
     own. `vader`: VADER's rules. Or one of `model`, `function` and `url`, as in `evaluate.judges`;

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf import lineage
 from rayrlhf.config import EvaluateConfig, Recipe, RecipeError
 from rayrlhf.data import builtin
 from rayrlhf.data.datasets import Record, encode_prompts
@@ -41,7 +40,7 @@ class Contestant:
 
 
 def contestants(recipe: Recipe, records: Sequence[Record]) -> list[Contestant]:
-    """Return the policies of rounds, and `evaluate.models`, ready to answer the prompts.
+    """Return `evaluate.models`, ready to answer the prompts.
 
     Raises RecipeError that names the model which is not there, has no tokenizer or chat template,
     a vocabulary that is too small for its tokenizer, or no room for a prompt with its answer.
@@ -49,13 +48,11 @@ def contestants(recipe: Recipe, records: Sequence[Record]) -> list[Contestant]:
     cfg = recipe.evaluate
     assert cfg is not None, "there is an evaluation"
     found = []
-    guests = {f"evaluate.models.{name}": (name, path) for name, path in cfg.models.items()}
-    rounds = {name: (name, path) for name, path in lineage.round_policies(recipe).items()}
-    for key, (name, path) in (rounds | guests).items():
+    for name, path in cfg.models.items():
         try:
             found.append(_contestant(name, builtin.resolve(path), records, cfg))
         except RecipeError as error:
-            raise RecipeError(f"{key}: {error}") from None
+            raise RecipeError(f"evaluate.models.{name}: {error}") from None
     return found
 
 

@@ -137,7 +137,9 @@ def _say(text: str) -> None:
 
 
 def models_of(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's models by name: base, sft, dpo, ppo or ppo_ptx; folders or a hub name.
+    """Return the recipe's models by name, folders or a hub name.
+
+    The names are base, sft, dpo, ppo or ppo_ptx, and round-1, round-2, ... for policies of rounds.
 
     Raises RecipeError when one is missing.
     """
@@ -150,6 +152,7 @@ def models_of(recipe: Recipe) -> dict[str, str]:
         written["dpo"] = recipe.path / "dpo" / "final"
     if recipe.ppo is not None:
         written["ppo_ptx" if recipe.ppo.ptx_coef > 0 else "ppo"] = recipe.path / "ppo" / "final"
+    written |= {name: Path(path) for name, path in lineage.round_policies(recipe).items()}
     scoring = lineage.reward_models(recipe) if recipe.reward else ()
     needed = [*written.values(), *(recipe.path / name for name in scoring)]
     if recipe.evaluate is not None and recipe.evaluate.overoptimisation is not None:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+MODELS = {
+    **{"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_ptx": "PPO-ptx"},
+    **{f"round-{number}": f"round {number}" for number in range(1, 100)},
+}
 JUDGES = {"vader": "VADER", "reward": "the reward model"}
 STAGES = {
     "corpus": "Corpus",

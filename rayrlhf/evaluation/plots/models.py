@@ -19,7 +19,7 @@ def entropy(results: Mapping[str, Any]) -> Figure | None:
     def draw(theme: Theme, canvas: Canvas) -> None:
         ax = canvas.subplots()
         for y, model in enumerate(reversed(models)):
-            ax.barh(y, entropy[model], 0.6, color=theme.colours[model])
+            ax.barh(y, entropy[model], 0.6, color=theme.colours.get(model, theme.colours["human"]))
             ax.annotate(
                 f"{entropy[model]:.2f}",
                 (entropy[model], y),
