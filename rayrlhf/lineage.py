@@ -120,7 +120,7 @@ def inputs(recipe: Recipe, stage: str, files: dict[str, Path]) -> dict[str, str]
             del tree["rounds"][key]
         if isinstance(recipe.rounds.judge, JudgeConfig):  # and so does how it is reached
             for key in ("key_env", "timeout_s", "retries", "max_pending"):
-                del tree["rounds"]["judge"][key]
+                tree["rounds"]["judge"][key] = JudgeConfig.model_fields[key].default
     read = {f"recipe.{name}": _hash_json(tree[name]) for name in SECTIONS[stage]}
     read["recipe.seed"] = _hash_json(recipe.seed)
     for name, path in files.items():

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config import RecipeError, RewardSource, parse
+from rayrlhf.config.rewards import slowest_s
 
 
 def test_names_come_from_what_scores() -> None:
@@ -46,7 +47,6 @@ def test_names_come_from_what_scores() -> None:
         ([{"model": "a", "weight": ".inf"}], "ppo.rewards.0.weight="),
         ([{"url": "http://x", "timeout_s": 200}], "ppo.rewards.0 may take 803.5 s"),
         ([{"function": "a:b", "timeout_s": 600}], "raise ppo.deadline_s"),
-        ([{"url": "http://x", "request_size": 1, "max_pending": 1}], "64 requests of request_size"),
         ([{"mod": "a"}], "unknown key ppo.rewards.0.mod: did you mean ppo.rewards.0.model?"),
     ],
 )
@@ -56,3 +56,14 @@ def test_what_cannot_score_is_refused(rewards: list[dict[str, Any]], said: str) 
         parse({"name": "x", "model": {"path": "m"}, "ppo": ppo})
     assert said in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_slow_endpoint_has_time_for_all_its_requests() -> None:
+    url = {"url": "http://x", "timeout_s": 10, "retries": 0, "request_size": 8, "max_pending": 2}
+    rewards = parse(
+        {"name": "x", "model": {"path": "m"}, "ppo": {"prompts": "p", "rewards": [url]}}
+    )
+    assert rewards.ppo is not None
+    assert slowest_s(rewards.ppo.rewards, 64) == 4 * 10  # 8 requests, two at a time
+    assert slowest_s(rewards.ppo.rewards, 65) == 5 * 10
+    assert slowest_s([], 64) == 0

@@ -171,7 +171,12 @@ session.connect(SimpleNamespace(name="quiet"), keeps_idle=False)
 ray.get(ray.remote(lambda: 1).remote())
 end = time.monotonic() + 60
 while True:
-    named = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+    named = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            named.append(" ".join(each.cmdline()))
+        except psutil.Error:
+            continue  # it ends just now
     if not any("ray::IDLE" in name for name in named):
         break
     assert time.monotonic() < end, named

@@ -72,7 +72,8 @@ class LabelConfig(Section):
     """What to rank: records of `prompt` and `responses` (K = 2 to 9; InstructGPT has 4 to 9). Ranks
     that comparisons have are not shown."""
     sample: SampleConfig | None = None
-    """Instead of `items`: sample them from a policy into label/items.jsonl, once."""
+    """Instead of `items`: sample them from a policy into label/items.jsonl, once for these
+    settings."""
     arena: ArenaConfig | None = None
     """Models that people may talk to; None leaves the arena out."""
     overlap: Fraction = 0.25

@@ -1,6 +1,5 @@
 """The whole recipe, and the rules that hold between its sections."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -16,7 +15,6 @@ from rayrlhf.config.model import ModelConfig, TokenizerConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.resources import ROLES, ResourcesConfig, Role
 from rayrlhf.config.reward import RewardConfig
-from rayrlhf.config.rewards import check_pace
 from rayrlhf.config.rounds import RoundsConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.serve import ServeConfig
@@ -277,9 +275,6 @@ class Recipe(Section):
             )
         if ppo.weight_transfer == "broadcast":
             self._weights_can_be_broadcast()
-        for index, reward in enumerate(ppo.rewards):
-            share = math.ceil(ppo.num_responses / self.resources.reward.num_workers)
-            check_pace(index, reward, share, ppo.deadline_s)
         engines = self.resources.rollout.num_workers
         if ppo.stale == "drop" and ppo.batch_size % engines:
             raise ValueError(

@@ -134,22 +134,15 @@ def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
             raise ValueError(f"{who} the metric {metric}: give each of ppo.rewards a `name`")
 
 
-def check_pace(index: int, reward: RewardSource, num_responses: int, deadline_s: float) -> None:
-    """Raise ValueError when an endpoint may keep a worker for longer than a call may take.
-
-    `num_responses` are those of one worker in a step.
-    """
-    if reward.url is None:
-        return
-    requests = math.ceil(num_responses / reward.request_size)
-    rounds = math.ceil(requests / reward.max_pending)
-    if rounds * reward.timeout_s >= deadline_s:
-        raise ValueError(
-            f"ppo.rewards.{index} may take {rounds * reward.timeout_s:g} s a step: {requests} "
-            f"requests of request_size={reward.request_size}, max_pending={reward.max_pending} at "
-            f"a time, of timeout_s={reward.timeout_s:g} each, and ppo.deadline_s={deadline_s:g} "
-            "would end the run before: raise max_pending or ppo.deadline_s, or lower timeout_s"
-        )
+def slowest_s(rewards: Sequence[RewardSource], num_responses: int) -> float:
+    """Return how long the slowest endpoint may take for so many responses of one worker."""
+    longest = 0.0
+    for reward in rewards:
+        if reward.url is not None:
+            requests = math.ceil(num_responses / reward.request_size)
+            rounds = math.ceil(requests / reward.max_pending)
+            longest = max(longest, rounds * reward.patience_s)
+    return longest
 
 
 def check_kind(

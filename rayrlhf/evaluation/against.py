@@ -16,7 +16,7 @@ from rayrlhf.config import RecipeError
 from rayrlhf.evaluation.cells import number, page, table
 from rayrlhf.evaluation.cost_section import VARIETY
 from rayrlhf.evaluation.plots.preference import word
-from rayrlhf.evaluation.words import JUDGES, MODELS, last_model
+from rayrlhf.evaluation.words import JUDGES, MODELS
 from rayrlhf.lineage import read_json
 
 Results = Mapping[str, Any]
@@ -144,7 +144,7 @@ def _frontiers(results: Results) -> Iterator[tuple[Key, Measured]]:
     found = results.get("overoptimisation") or {}
     for of, curve in (
         ("best of n", found.get("best_of_n")),
-        (last_model(results), found.get("ppo")),
+        ("ppo_ptx" if "ppo_ptx" in results["models"] else "ppo", found.get("ppo")),
     ):
         if curve:
             last, peak = curve["points"][-1], curve["peak"]

@@ -131,7 +131,7 @@ class Gate:
 
     def _allow(self, mismatch: float) -> float:
         if not mismatch <= self._bound:
-            raise RuntimeError(too_large(mismatch, self.cfg))
+            raise RuntimeError(too_large(mismatch, self._bound))
         return mismatch
 
     def _measure(self, temperature: float) -> Probe:
@@ -150,7 +150,7 @@ class Gate:
             what = f"none of what they know, and rounding gives less than {ROUNDING_MAX:g}"
             fix = "see the log of the engines"
         if not what.startswith("dtype") or self.cfg.old_log_probs != "auto":
-            raise RuntimeError(f"{too_large(worst, self.cfg)}. Probes say {what}: {fix}")
+            raise RuntimeError(f"{too_large(worst, self._bound)}. Probes say {what}: {fix}")
         self._bound = max(self.cfg.kl_rollout_mismatch_max, ROUNDING_MAX)
         console.say(
             f"ppo: engine and actor differ by {worst:.3g} nats per token ({what}): old log-probs "
@@ -193,7 +193,9 @@ class Gate:
                 "it must sample at ppo.temperature and report log-probs after it",
             )
         kept = sampled.learner - sampled.engine  # log of what the engine kept, at each token
-        if float(kept.quantile(0.95)) <= rounding and float(kept.mean()) < -rounding:
+        mean, spread = float(kept.mean()), float(kept.std()) / math.sqrt(len(kept))
+        is_one_sided = FRACTION * float(kept.clamp(min=0).mean()) <= -mean
+        if is_one_sided and mean < -max(rounding, 3 * spread):
             return (
                 f"top-p, top-k or min-p: the engine keeps {math.exp(float(kept.mean())):.0%} of "
                 "the distribution",
@@ -207,10 +209,10 @@ def worst_of(*probes: Probe) -> float:
     return max(math.inf if math.isnan(probe.gap) else probe.gap for probe in probes)
 
 
-def too_large(mismatch: float, cfg: PPOConfig) -> str:
+def too_large(mismatch: float, bound: float) -> str:
     """Return what is to say of a mismatch beyond its bound."""
+    what = "what rounding gives, " if bound == ROUNDING_MAX else "ppo.kl_rollout_mismatch_max="
     return (
-        f"kl/rollout_mismatch={mismatch:.3g} nats per token is beyond "
-        f"ppo.kl_rollout_mismatch_max={cfg.kl_rollout_mismatch_max:g}: the engine samples from "
-        "another distribution than the actor learns on"
+        f"kl/rollout_mismatch={mismatch:.3g} nats per token is beyond {what}{bound:g}: the engine "
+        "samples from another distribution than the actor learns on"
     )

@@ -108,7 +108,7 @@ class Group:
         assert self.supervisor is not None
         if call.name in OF_THE_ACTOR and isinstance(error, ray.exceptions.ObjectLostError):
             # No successor finds them either: they went with the node of the actor's rank.
-            raise self.supervisor.lose(call.seat, call.name, error) from error
+            raise self.supervisor.lose(call.seat, call.name, error, "found no weights") from error
         self.supervisor.replace(call.seat, call.name, error)
 
 

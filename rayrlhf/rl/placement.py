@@ -1,5 +1,6 @@
 """From a layout to workers: `launch` has the only ray.remote() of the package."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf import console, session
 from rayrlhf.config import Role
+from rayrlhf.config.rewards import slowest_s
 from rayrlhf.rl import waiting
 from rayrlhf.rl.groups import (
     WEIGHTS,
@@ -227,6 +229,13 @@ class Bundles:
         remove_placement_group(self.group)
 
 
+def _patience_s(layout: Layout, settings: Mapping[Role, RoleSettings], deadline_s: float) -> float:
+    """Return how long a call on the reward role may take: endpoints end their own requests."""
+    ppo = settings["reward"].ppo
+    workers = sum(place.role == "reward" for place in layout.places)
+    return max(deadline_s, slowest_s(ppo.rewards, math.ceil(ppo.num_responses / workers)))
+
+
 @contextmanager
 def launch(
     layout: Layout,
@@ -249,7 +258,7 @@ def launch(
                 bundles.fill(CriticGroup, settings, deadline_s) if "critic" in settings else None
             ),
             reference=bundles.fill(ReferenceGroup, settings, deadline_s),
-            reward=bundles.fill(RewardGroup, settings, deadline_s),
+            reward=bundles.fill(RewardGroup, settings, _patience_s(layout, settings, deadline_s)),
             rollout=bundles.fill(RolloutGroup, settings, deadline_s),
         )
         if settings["actor"].ppo.weight_transfer == "broadcast":

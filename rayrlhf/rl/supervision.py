@@ -137,32 +137,38 @@ class Supervisor:
         self._count(seat, call, error, self._recent[seat.rank], "its successor does it again")
         seat.pass_on(self.spawn(seat.rank, self.settings))
 
-    def lose(self, seat: Seat, call: str, error: Exception) -> LearnerLost:
-        """Return what a rank's death means for the run.
+    def lose(self, seat: Seat, call: str, error: Exception, what: str = "died") -> LearnerLost:
+        """Return what a rank's death means for the run; `what` has happened to the worker.
 
         Raises RuntimeError when ranks of the role have died too often within an hour.
         """
         then = "all trained ranks go back to a checkpoint"
-        self._count(seat, call, error, self._recent[None], then)
-        return LearnerLost(f"{self.role}.{call}: worker {seat.rank} died: {reason(error)}")
+        self._count(seat, call, error, self._recent[None], then, what)
+        return LearnerLost(f"{self.role}.{call}: worker {seat.rank} {what}: {reason(error)}")
 
-    def _count(
-        self, seat: Seat, call: str, error: Exception, recent: deque[float], then: str
+    def _count(  # noqa: PLR0913 (who, in what, why, how often, what then)
+        self,
+        seat: Seat,
+        call: str,
+        error: Exception,
+        recent: deque[float],
+        then: str,
+        what: str = "died",
     ) -> None:
         now = time.monotonic()
         while recent and now - recent[0] > HOUR_S:
             recent.popleft()
         if len(recent) >= self.max_restarts:
             raise RuntimeError(
-                f"{self.role}.{call}: worker {seat.rank} died, after {len(recent)} restarts within "
-                f"an hour: ppo.max_restarts={self.max_restarts} allows no more. See why below and "
-                "in its log under Ray's session folder; the same command resumes from the newest "
-                f"checkpoint. {error}"
+                f"{self.role}.{call}: worker {seat.rank} {what}, after {len(recent)} restarts "
+                f"within an hour: ppo.max_restarts={self.max_restarts} allows no more. See why "
+                "below and in its log under Ray's session folder; the same command resumes from "
+                f"the newest checkpoint. {error}"
             ) from error
         recent.append(now)
         self.num_restarts += 1
         console.say(
-            f"ppo: {self.role} worker {seat.rank} died in {call}, {then} (restart {len(recent)} "
+            f"ppo: {self.role} worker {seat.rank} {what} in {call}, {then} (restart {len(recent)} "
             f"of at most {self.max_restarts} an hour): {reason(error)}"
         )
 

@@ -28,6 +28,7 @@ CODES = {
     413: "too_large",
     415: "media_type",
     422: "invalid",
+    424: "silent",
     503: "unavailable",
 }
 HEADERS = {
@@ -128,7 +129,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Silent)
     async def silent(_: Request, error: Silent) -> JSONResponse:
-        return problem(503, str(error))
+        return problem(424, str(error))  # a page repeats a 503 by itself
 
     @app.exception_handler(DBAPIError)
     async def unavailable(_: Request, error: DBAPIError) -> JSONResponse:

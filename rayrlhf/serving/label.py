@@ -169,7 +169,9 @@ def _sampled(recipe: Recipe, cfg: SampleConfig, folder: Path) -> Path:
             console.say(f"{'label':>9} other {', '.join(changed)}: {path} moved to {kept}")
     if not path.is_file():
         console.say(f"{'label':>9} sampling from {cfg.model} into {path}")
+        settings_path.unlink(missing_ok=True)  # those of a sample that is not there yet
         sample_items(recipe, cfg, path)
+    if not settings_path.is_file():
         write_json(settings_path, settings)
     return path
 

@@ -21,7 +21,10 @@ from rayrlhf.serving.store import Battle, Conflict, Store
 
 NOBODY = "api"
 """Stands for a user that a vote does not name."""
-READ_BESIDE = ("tools", "documents", "chat_template", "chat_template_kwargs")
+READ_BESIDE = (
+    *("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
+    "continue_final_message",
+)
 """Fields of a chat's request that change what the model reads."""
 
 
@@ -153,7 +156,7 @@ def opening_of(kind: Kind, body: Mapping[str, Any]) -> Record | None:
     if kind == "completions":
         prompt = body.get("prompt")
         opening = {"prompt": prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt}
-    elif any(body.get(name) for name in READ_BESIDE):
+    elif any(body.get(name) for name in READ_BESIDE) or not body.get("add_generation_prompt", True):
         return None
     else:
         opening = {"messages": body.get("messages")}

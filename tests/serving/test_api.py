@@ -242,7 +242,7 @@ def test_a_prompt_that_a_model_cannot_take_is_kept_by_nobody(
     assert "1000 fit" in refused(answer, 422)
     refused(client.post("/api/battles", json={"key": KEY, "prompt": ""}), 422)
     gone = client.post("/api/battles", json={"key": KEY, "prompt": "silence"})
-    assert "ask again" in refused(gone, 503)
+    assert "ask again" in refused(gone, 424)
     assert store.open_battle("Ann") is None
 
 

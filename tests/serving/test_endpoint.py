@@ -417,6 +417,8 @@ def test_votes_on_chats_of_several_turns(tmp_path: Path, store: Store) -> None:
         for changes in (
             {"tools": [{"type": "function", "function": {"name": "f"}}]},
             {"chat_template": "{{ messages }}"},
+            {"reasoning_effort": "low"},
+            {"add_generation_prompt": False},
             {"messages": [*turns, {"role": "assistant", "content": "Well,"}]},
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
             {"messages": [{"role": "user", "content": ""}]},

@@ -380,7 +380,7 @@ def test_the_arena(browser: Browser, server: Server, queue: Store) -> None:
     ready(page, "How do I bake bread?")
     page.goto(f"http://127.0.0.1:{server.port}/arena")
     page.until("document.querySelector('#prompt').value === 'silence'")
-    known = ("ERR_INTERNET_DISCONNECTED", "401", "422", "503")
+    known = ("ERR_INTERNET_DISCONNECTED", "401", "422", "424")
     assert page.complaints(but=lambda text: any(word in text for word in known)) == []
 
 

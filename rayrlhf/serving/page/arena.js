@@ -68,7 +68,8 @@ $("form").addEventListener("submit", (event) => {
   work(async () => {
     // The same prompt again, after an answer that was lost on its way, is the same request.
     if (asked.prompt !== prompt) asked = { prompt, key: newKey() };
-    sessionStorage.setItem(DRAFT, prompt); // it may have to sign in first
+    // It may have to sign in first.
+    sessionStorage.setItem(DRAFT, JSON.stringify({ who: me.name, prompt }));
     $("ask").disabled = true;
     $("ask").textContent = "They are writing …";
     say("The models are writing.");
@@ -122,7 +123,8 @@ await work(async () => {
   const open = await request("GET", "/api/battles");
   if (open.battle) show(open.battle);
   else {
-    $("prompt").value = sessionStorage.getItem(DRAFT) ?? "";
+    const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
+    $("prompt").value = draft?.who === me.name ? draft.prompt : "";
     $("prompt").focus();
   }
   if (left.length) complain(`Not counted: ${left.join("; ")}.`);

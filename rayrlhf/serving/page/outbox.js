@@ -5,11 +5,10 @@
 import { $, Refusal, pause, request, toSignIn } from "/static/common.js";
 
 const PREFIX = "rayrlhf/outbox/";
-const SAVING = { again: [408, 425, 429, 500, 502, 503, 504], busy: "Saving …", done: "Saved",
+const AGAIN = [408, 425, 429, 500, 502, 503, 504];
+const SAVING = { busy: "Saving …", done: "Saved",
   off: "Not saved yet: no connection. It is kept here and sent again." };
-// A model that does not answer now says so with 503; 502 is a proxy, while the server starts.
-const ASKING = { again: [408, 425, 429, 502, 504], busy: "Asking …", done: "",
-  off: "No connection. Asking again …" };
+const ASKING = { busy: "Asking …", done: "", off: "No connection. Asking again …" };
 
 let waiting = 0;
 let wake = () => {};
@@ -56,10 +55,10 @@ async function deliver(entry, how, timeoutMs) {
         return answer;
       } catch (error) {
         if (error.status === 401) {
-          toSignIn(); // the entry stays, and is sent after signing in
+          toSignIn(); // what is kept is sent after signing in
           await new Promise(() => {});
         }
-        if (error instanceof Refusal && !how.again.includes(error.status)) {
+        if (error instanceof Refusal && !AGAIN.includes(error.status)) {
           localStorage.removeItem(PREFIX + entry.body.key);
           throw error;
         }
