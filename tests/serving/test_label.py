@@ -228,7 +228,11 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path, tiny_model: Pat
     assert lacking.returncode == 2 and "no section label" in lacking.stderr
     far = toy.run("label", recipe, f"label.port={free_port()}", "label.host=203.0.113.1")
     assert far.returncode == 2 and "cannot listen there" in far.stderr, far.stderr
-    arena = {"models": {"a": str(tiny_model), "b": str(tiny_model)}, "prompt_format": "chat"}
+    arena = {
+        "models": {"a": str(tiny_model), "b": str(tiny_model)},
+        "prompt_format": "chat",
+        "max_response_tokens": 8,
+    }
     bare = toy.run("label", recipe, f"label.port={free_port()}", f"label.arena={json.dumps(arena)}")
     assert bare.returncode == 2 and "has no chat template" in bare.stderr, bare.stderr
     missing = toy.run("label", recipe, f"label.port={free_port()}")
