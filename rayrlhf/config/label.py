@@ -91,7 +91,7 @@ class LabelConfig(Section):
     the driver takes from ~/.pgpass or PGPASSWORD on the node."""
     host: str = "127.0.0.1"
     """Address to listen on. Others than this machine reach `0.0.0.0`: put a proxy with TLS before
-    it, since names and the secret travel as they are."""
+    it, since names and the secret travel as they are; it has to pass on the header Host."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
     @field_validator("labellers")

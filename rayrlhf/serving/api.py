@@ -139,7 +139,8 @@ def _add_session(app: FastAPI, sessions: Sessions, modes: list[str], me: Any) ->
             max_age=COOKIE_S,
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            # A browser says where the page is from, also behind a proxy that has the certificate.
+            secure=request.headers.get("origin", str(request.url)).startswith("https:"),
         )
         return {"name": name, "modes": modes}
 

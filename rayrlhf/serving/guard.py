@@ -83,7 +83,7 @@ class Guard:
         if int(headers.get(b"content-length", "0") or 0) > MAX_BYTES:
             refusal = problem(413, _TOO_LARGE)
         elif scope["method"] not in ("GET", "HEAD") and not _same_site(headers):
-            refusal = problem(403, "the request comes from another site")
+            refusal = problem(403, _other_site(headers))
         if refusal is not None:
             await refusal(scope, receive, with_headers)
         else:
@@ -97,6 +97,14 @@ def _same_site(headers: dict[bytes, str]) -> bool:
     """Tell whether a page of this server sends the request, or a program that is no browser."""
     origin = headers.get(b"origin")
     return origin is None or urlsplit(origin).netloc == headers.get(b"host")
+
+
+def _other_site(headers: dict[bytes, str]) -> str:
+    return (
+        f"the request comes from another site, {headers[b'origin'][:200]}, than "
+        f"{headers.get(b'host', '')[:200]}: where a proxy is between, let it pass on the Host "
+        "header"
+    )
 
 
 def problem(status: int, message: str) -> JSONResponse:

@@ -153,11 +153,18 @@ def test_a_cookie_is_out_of_reach_of_scripts_and_other_sites(store: Store) -> No
         assert answer.json() == {"name": "Ann", "modes": ["rank", "arena"]}
         cookie = answer.headers["set-cookie"]
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and SECRET not in cookie
+        assert "Secure" not in cookie
         assert client.get("/api/session").json()["name"] == "Ann"
         head = {"origin": "https://elsewhere.example"}
-        assert "another site" in refused(client.delete("/api/session", headers=head), 403)
+        said = refused(client.delete("/api/session", headers=head), 403)
+        assert "another site, https://elsewhere.example, than testserver" in said
         assert client.delete("/api/session", headers={"origin": "http://testserver"}).json() == {}
         refused(client.get("/api/session"), 401)
+        body = {"name": "Ann", "secret": SECRET}
+        behind_tls = client.post(
+            "/api/session", json=body, headers={"origin": "https://testserver"}
+        )
+        assert "Secure" in behind_tls.headers["set-cookie"]
 
 
 def test_cookies_of_others_and_of_old_times() -> None:
