@@ -20,6 +20,7 @@ FLAGS = {
     "harmful_advice": "Gives harmful advice",
     "opinion": "Expresses an opinion or moral judgement",
 }
+PromptFormat = Literal["text", "chat"]
 
 
 class SampleConfig(Section):
@@ -44,7 +45,7 @@ class ArenaConfig(Section):
     models: dict[str, str]
     """Name shown after the vote -> folder, hub name or `builtin:` name; two are drawn per prompt.
     Each gets what `resources.rollout` says of one engine."""
-    prompt_format: Literal["text", "chat"] = "text"
+    prompt_format: PromptFormat = "text"
     """`text`: the model goes on where the prompt ends. `chat`: the prompt is the user's message, in
     the chat template of the model's tokenizer."""
     max_response_tokens: Positive = 128

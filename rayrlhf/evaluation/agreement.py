@@ -61,8 +61,8 @@ def human_ceiling(
     """Return the pair accuracy of one rater against the mean of the others.
 
     `ratings[i]` are the single ratings of text i; those of a group of texts compare, and without
-    `groups` all do. The n-th rater of every text is taken as one
-    rater; the result is the mean over all n that every text has. None with fewer than two raters.
+    `groups` all do. The n-th rater of every text is taken as one rater; the result is the mean over
+    all n that every text has. None with fewer than two raters.
     """
     num_raters = min((len(row) for row in ratings), default=0)
     if num_raters < 2:

@@ -45,7 +45,7 @@ from rayrlhf.evaluation.held_out import (
     rated_texts,
 )
 from rayrlhf.evaluation.judges import Answer, Judge, RewardJudge, VaderJudge
-from rayrlhf.evaluation.words import JUDGES, MODELS
+from rayrlhf.evaluation.words import JUDGES, MODELS, last_model
 from rayrlhf.generation import Engine
 from rayrlhf.models.folder import load_config
 from rayrlhf.models.scalar_head import ScalarHeadModel
@@ -91,7 +91,7 @@ def evaluate(recipe: Recipe) -> Path:
         judges,
         scores,
         reference=results["reference"],
-        trained=[name for name in MODELS if name in models][-1],
+        trained=last_model(results),
         recipe=recipe,
     )
     results["battles"] = battles.fight(asked.answers, judges, scores, anchor=results["reference"])

@@ -4,9 +4,9 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from rayrlhf.config import ArenaConfig
+from rayrlhf.config.label import PromptFormat
 from rayrlhf.data.records import Record
 from rayrlhf.serving.store import Battle
 
@@ -23,12 +23,11 @@ class Silent(RuntimeError):
     """A model does not answer now; the text is for the person."""
 
 
-Form = Literal["text", "chat"]
 Ask = Callable[[str, str, int], Awaitable[Reply]]
 """(model, prompt, seed) -> reply; raises Silent."""
 
 
-def opening(prompt: str, form: Form) -> Record:
+def opening(prompt: str, form: PromptFormat) -> Record:
     """Return a person's prompt as the models read it."""
     if form == "chat":
         return {"messages": [{"role": "user", "content": prompt}]}

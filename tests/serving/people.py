@@ -3,8 +3,9 @@
 from fastapi.testclient import TestClient
 
 from rayrlhf.config import ArenaConfig, LabelConfig
+from rayrlhf.config.label import PromptFormat
 from rayrlhf.serving.api import create_app
-from rayrlhf.serving.arena import Form, Reply, Silent
+from rayrlhf.serving.arena import Reply, Silent
 from rayrlhf.serving.store import Store
 
 SECRET = "correct horse battery"
@@ -38,7 +39,9 @@ async def echo(model: str, prompt: str, seed: int) -> Reply:
     return Reply(f"{prompt}: an answer of the model called {model[::-1]}")
 
 
-def anonymous(store: Store, *, prompt_format: Form = "text", **changes: object) -> TestClient:
+def anonymous(
+    store: Store, *, prompt_format: PromptFormat = "text", **changes: object
+) -> TestClient:
     models = {"sft": "a", "ppo": "b", "base": "c"}
     arena = ArenaConfig(models=models, prompt_format=prompt_format)
     return TestClient(create_app(store, section(arena=arena, **changes), SECRET, echo))
