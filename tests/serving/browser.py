@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ KEYS = {
     "ArrowUp": 38,
     "ArrowDown": 40,
 }
+# What Chromium answers to a command whose page is left at that moment.
+MOVED = ("navigated or closed", "context was destroyed", "Cannot find context")
 MODIFIERS = {"Alt": 1, "Ctrl": 2, "Shift": 8}
 
 
@@ -34,6 +36,10 @@ def program() -> str:
     if found is None:
         pytest.skip("no chromium: apt-get install chromium")
     return found
+
+
+class PageMoved(AssertionError):
+    """The page went to another address while a command was under way."""
 
 
 class Browser:
@@ -51,6 +57,8 @@ class Browser:
         while True:
             answer = json.loads(self._socket.recv(timeout=WAIT_S))
             if answer.get("id") == self._number:
+                if any(said in str(answer.get("error")) for said in MOVED):
+                    raise PageMoved(method, answer["error"])
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
             self._events.append(answer)
@@ -109,10 +117,11 @@ class Page:
         """Wait until an expression is true, and return its value."""
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
-            if value := self.run(
-                f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
-            ):
-                return value
+            with suppress(PageMoved):  # the next page may be the one that is waited for
+                if value := self.run(
+                    f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
+                ):
+                    return value
             time.sleep(0.03)
         raise AssertionError(f"never true: {script}; the page says: {self.text('body')[:500]}")
 
