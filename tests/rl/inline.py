@@ -206,12 +206,12 @@ def reward_places(cfg: PPOConfig) -> tuple[tuple[str, ...], ...]:
 
 
 def timeless(rows: Metrics) -> Metrics:
-    """Return the metrics without what depends on the clock."""
+    """Return the metrics without what depends on the clock or counts deaths."""
     return [
         {
             name: value
             for name, value in row.items()
-            if not name.startswith("time") and name != "rollout/tokens_per_s"
+            if not name.startswith(("time", "restarts/")) and name != "rollout/tokens_per_s"
         }
         for row in rows
     ]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from rayrlhf.config import RecipeError, parse
 from rayrlhf.metrics import read_jsonl
-from tests.rl.inline import engine_model
-from tests.rl.test_ppo_ray import ROOT, make_run, timeless
+from tests.rl.inline import engine_model, timeless
+from tests.rl.test_ppo_ray import ROOT, make_run
 
 SCRIPT = """
 import json, sys

@@ -21,7 +21,7 @@ from rayrlhf.models import lora
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.training.checkpoint import is_complete
 from tests.external.scorer import Scorer, lengths, serving
-from tests.rl.inline import engine_model
+from tests.rl.inline import engine_model, timeless
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -92,18 +92,6 @@ def start(log: Path, *tasks: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
     assert process.wait(timeout=840) == 0, log.read_text(errors="replace")[-3000:]
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the metrics without what depends on the clock, or on a machine without memory left."""
-    return [
-        {
-            name: value
-            for name, value in row.items()
-            if not name.startswith(("time", "restarts/")) and name != "rollout/tokens_per_s"
-        }
-        for row in rows
-    ]
 
 
 @pytest.fixture
