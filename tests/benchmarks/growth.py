@@ -140,8 +140,8 @@ def launch(num_engines: int, batch_size: int, num_probes: int) -> Any:
     )
 
 
-def seconds_per_step(num_engines: int, batch_size: int, args: argparse.Namespace) -> float:
-    """Run the controller on new stubs; return the processor's seconds per step."""
+def seconds_per_step(num_engines: int, batch_size: int, args: argparse.Namespace) -> list[float]:
+    """Run the controller on new stubs; return the processor's seconds per step, per repeat."""
     import ray
 
     from rayrlhf.config import PPOConfig
@@ -174,7 +174,7 @@ def seconds_per_step(num_engines: int, batch_size: int, args: argparse.Namespace
     for group in roles.groups:
         for seat in group.seats:
             ray.kill(seat.worker)
-    return statistics.median(seconds[1:])
+    return seconds[1:]
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -182,13 +182,16 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import ray
     from ray.cluster_utils import Cluster
 
+    from rayrlhf.console import table
+
     per_node = 2 if args.quick else ENGINES_PER_NODE
     nodes, batches = ((1, 2), (8, 16)) if args.quick else (NODES, BATCHES)
     seats = {"num_cpus": 1, "resources": {"seat": per_node + 4}, "object_store_memory": 10**8}
     head = {**seats, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    found: dict[tuple[int, int], float] = {}
+    found: dict[tuple[int, int], list[float]] = {}
+    rows: list[tuple[float, ...]] = []
     try:
         for num_nodes in nodes:
             while len(cluster.list_all_nodes()) < num_nodes:
@@ -197,22 +200,38 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             for batch_size in batches:
                 point = (num_nodes * per_node, batch_size)
                 found[point] = seconds_per_step(*point, args)
+                took = [1000 * seconds for seconds in found[point]]
                 memory = psutil.Process().memory_info().rss / 2**20
+                spread = statistics.median(took), min(took), max(took)
+                rows.append((num_nodes, *point, *spread, memory))
                 print(
                     f"{num_nodes} nodes, {point[0]:2} engines, batch {batch_size:4}: "
-                    f"{1000 * found[point]:.1f} ms per step, {memory:.0f} MiB",
+                    f"{spread[0]:.1f} ms per step, {memory:.0f} MiB",
                     flush=True,
                 )
     finally:
         ray.shutdown()
         cluster.shutdown()
+    print(table(("nodes", "engines", "batch", "ms per step", "least", "most", "MiB"), rows))
     few, many, small, large = per_node, nodes[-1] * per_node, batches[0], batches[-1]
+    growth = [seconds * small / large for seconds in found[few, large]]
     return {
-        f"ratio_{many}_engines_to_{few}": found[many, large] / found[few, large],
-        f"ratio_{many}_engines_to_{few}_small_batch": found[many, small] / found[few, small],
-        "ratio_batch_growth": (found[few, large] / found[few, small]) / (large / small),
-        "driver_ms_per_step": 1000 * found[many, large],
+        **spread_of(f"ratio_{many}_engines_to_{few}", found[many, large], found[few, large]),
+        **spread_of(
+            f"ratio_{many}_engines_to_{few}_small_batch", found[many, small], found[few, small]
+        ),
+        **spread_of("ratio_batch_growth", growth, found[few, small]),
+        "driver_ms_per_step": 1000 * statistics.median(found[many, large]),
         "driver_mib": psutil.Process().memory_info().rss / 2**20,
+    }
+
+
+def spread_of(name: str, more: list[float], less: list[float]) -> dict[str, float]:
+    """Return the ratio of two medians, and the least and most that any two repeats give."""
+    return {
+        name: statistics.median(more) / statistics.median(less),
+        f"{name}_least": min(more) / max(less),
+        f"{name}_most": max(more) / min(less),
     }
 
 

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from rayrlhf.config import ModelConfig, TrainingConfig
+from rayrlhf.console import table
 from rayrlhf.models.causal_lm import CausalLMModel, build_causal_lm
 from rayrlhf.training.backend import Backend, make_backend
 
@@ -91,13 +92,18 @@ def main() -> None:
     args = parser.parse_args()
     places = ["cpu"] if args.quick else args.places
     figures: dict[str, float] = {}
+    rows: list[tuple[Any, ...]] = []
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         plain = measure("none", Path(name) / "none")
+        rows.append(("none", plain["seconds"], 1.0, 0.0))
         for place in places:
             found = measure(place, Path(name) / place)
             worst = max(abs(a - b) for a, b in zip(found["losses"], plain["losses"], strict=True))
             assert worst <= 1e-6, f"{place}: losses differ from plain ZeRO-3's by {worst}"
-            figures[f"ratio_step_{place}_to_none"] = found["seconds"] / plain["seconds"]
+            ratio = found["seconds"] / plain["seconds"]
+            figures[f"ratio_step_{place}_to_none"] = ratio
+            rows.append((place, found["seconds"], ratio, worst))
+    print(table(("offload", "s per step", "ratio", "largest gap of losses"), rows))
     figures["seconds_per_step_none"] = plain["seconds"]
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

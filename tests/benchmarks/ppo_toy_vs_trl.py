@@ -289,6 +289,7 @@ def draw(sides: dict[str, list[list[tuple[float, float]]]], path: Path) -> None:
 
 def main() -> None:
     """Measure, and print as the last line a JSON object."""
+    from rayrlhf.console import table
     from tests.benchmarks.ppo_vs_trl import PEER, peer_python
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -319,6 +320,7 @@ def main() -> None:
         )
         draw(sides, args.plot)
     figures = compare(sides)
+    print(table(("figure", "value"), list(figures.items())))
     print(f"plot: {args.plot}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

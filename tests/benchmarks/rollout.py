@@ -110,6 +110,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Let both take turns; return the median ratio and what each did per second."""
     import ray
 
+    from rayrlhf.console import table
+
     model, never = model_folder(folder, quick=args.quick)
     ray.init(address="local", num_cpus=THREADS, include_dashboard=False, log_to_driver=False)
     try:
@@ -135,14 +137,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
                     sides[side] = time.perf_counter() - begun
                     assert int(rollout.response_lengths.sum()) == args.prompts * args.tokens
             if step:  # the first warms up
-                print(f"repeat {step}: {sides['ours']:.2f} s, bare {sides['bare']:.2f} s")
+                print(
+                    f"repeat {step}: {sides['ours']:.2f} s, bare {sides['bare']:.2f} s", flush=True
+                )
                 ratios.append(sides["bare"] / sides["ours"])
                 ours.append(args.prompts * args.tokens / sides["ours"])
                 bare.append(args.prompts * args.tokens / sides["bare"])
     finally:
         ray.shutdown()
+    rows = list(zip(range(1, args.repeats + 1), ours, bare, ratios, strict=True))
+    print(table(("repeat", "tokens/s", "of the bare engine", "ratio"), rows))
     return {
         "ratio_rollout_to_bare": statistics.median(ratios),
+        "ratio_rollout_to_bare_least": min(ratios),
+        "ratio_rollout_to_bare_most": max(ratios),
         "tokens_per_s_rollout": statistics.median(ours),
         "tokens_per_s_bare": statistics.median(bare),
     }
