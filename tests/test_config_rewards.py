@@ -47,6 +47,10 @@ def test_names_come_from_what_scores() -> None:
         ([{"model": "a", "weight": ".inf"}], "ppo.rewards.0.weight="),
         ([{"url": "http://x", "timeout_s": 200}], "ppo.rewards.0 may take 803.5 s"),
         ([{"function": "a:b", "timeout_s": 600}], "raise ppo.deadline_s"),
+        (
+            [{"model": "a", "default_score": 0}],
+            "0.default_score has no effect with model",
+        ),
         ([{"mod": "a"}], "unknown key ppo.rewards.0.mod: did you mean ppo.rewards.0.model?"),
     ],
 )
@@ -67,3 +71,15 @@ def test_a_slow_endpoint_has_time_for_all_its_requests() -> None:
     assert slowest_s(rewards.ppo.rewards, 64) == 4 * 10  # 8 requests, two at a time
     assert slowest_s(rewards.ppo.rewards, 65) == 5 * 10
     assert slowest_s([], 64) == 0
+
+
+def test_a_slow_function_has_time_for_all_its_calls() -> None:
+    whole, cut = RewardSource(function="a:b"), RewardSource(function="a:b", request_size=8)
+    assert slowest_s([whole], 64) == 60
+    assert slowest_s([cut], 65) == 9 * 60
+
+
+def test_what_is_missing_is_counted() -> None:
+    plain, kind = RewardSource(function="a:b"), RewardSource(function="a:b", default_score=-1)
+    assert plain.columns == (("reward/b", 1.0),)
+    assert kind.columns == (("reward/b", 1.0), ("reward/b_missing", 0.0))

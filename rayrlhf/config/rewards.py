@@ -15,12 +15,14 @@ from rayrlhf.config.section import NonNegative, Positive, PositiveFloat, Section
 KEYS_OF = {
     "model": (),
     "members": ("std_penalty",),
-    "function": ("timeout_s",),
-    "url": ("timeout_s", "retries", "request_size", "max_pending", "headers_env"),
+    "function": ("timeout_s", "request_size", "default_score"),
+    "url": ("timeout_s", "retries", "request_size", "max_pending", "headers_env", "default_score"),
 }
 """The kinds of a reward, and the keys that each reads beside `name` and `weight`."""
 TAKEN = ("score_mean", "score_std", "return_mean", "equal_groups")
 """Metrics of `reward/` that are those of the whole score."""
+REQUEST_SIZE = 32
+"""Responses in one request to an endpoint."""
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 8.0
 
 
@@ -48,12 +50,17 @@ class RewardSource(Section):
     """An endpoint that takes a POST of {"prompts": [...], "responses": [...]} and answers
     {"scores": [...]}."""
     timeout_s: PositiveFloat = 60
-    """Longest that a function may take for a step's responses, or an endpoint for one request."""
+    """Longest that a function may take for one call, or an endpoint for one request."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a request is repeated after an error 429 or 5xx, a timeout, or a connection that
     fails; the pauses double from 0.5 s to 8 s."""
-    request_size: Positive = 32
-    """Responses in one request."""
+    request_size: Positive | None = None
+    """Responses in one request or call. None: 32 for an endpoint, all of a worker's for a
+    function."""
+    default_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Score of the responses whose call is not done after `timeout_s` (it is ended, with the
+    function's process) or ended its process, or whose request failed after its retries;
+    `reward/<name>_missing` is their part. None: the run ends, and names the reward."""
     max_pending: Positive = 4
     """Requests that are under way at the same time; the others wait."""
     headers_env: str | None = None
@@ -88,7 +95,9 @@ class RewardSource(Section):
     def columns(self) -> tuple[tuple[str, float], ...]:
         """(Metric, weight in the score) of each number that it gives a response."""
         own = (f"reward/{self.title}", self.weight)
-        return (own, (f"{own[0]}_std", 0.0)) if self.members is not None else (own,)
+        if self.members is not None:
+            return own, (f"{own[0]}_std", 0.0)
+        return (own,) if self.default_score is None else (own, (f"{own[0]}_missing", 0.0))
 
     @property
     def patience_s(self) -> float:
@@ -135,12 +144,13 @@ def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
 
 
 def slowest_s(rewards: Sequence[RewardSource], num_responses: int) -> float:
-    """Return how long the slowest endpoint may take for so many responses of one worker."""
+    """Return how long the slowest of them may take for so many responses of one worker."""
     longest = 0.0
     for reward in rewards:
-        if reward.url is not None:
-            requests = math.ceil(num_responses / reward.request_size)
-            rounds = math.ceil(requests / reward.max_pending)
+        if not reward.is_of_models:
+            of_one = REQUEST_SIZE if reward.url is not None else num_responses
+            requests = math.ceil(num_responses / (reward.request_size or of_one))
+            rounds = math.ceil(requests / (reward.max_pending if reward.url is not None else 1))
             longest = max(longest, rounds * reward.patience_s)
     return longest
 

@@ -4,7 +4,6 @@ A step's responses go out in requests of `request_size`, at most `max_pending` o
 """
 
 import json
-import math
 import os
 import threading
 from collections.abc import Mapping
@@ -12,10 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from rayrlhf.config import RecipeError, RewardSource
+from rayrlhf.config.rewards import REQUEST_SIZE
 from rayrlhf.external.endpoints import Endpoint, EndpointDown, quoted
+from rayrlhf.rl.reward_function import say_missing
 
 SAMPLE = (["The movie was"], [" good."])
-"""What an endpoint is asked about before the run."""
+"""What an endpoint is asked about before any response is sent to it."""
 
 
 class EndpointScorer:
@@ -24,7 +25,6 @@ class EndpointScorer:
     def __init__(self, key: str, where: str, reward: RewardSource) -> None:
         """`key` names it in errors, `where` is its URL; raises RecipeError for its headers."""
         self.key, self.reward = key, reward
-        self.timeout_s = math.inf  # each request has its own
         self._endpoint = Endpoint(
             key,
             where,
@@ -40,22 +40,22 @@ class EndpointScorer:
             self._ask(*SAMPLE)
         except EndpointDown as error:
             raise RecipeError(
-                f"{error}. It was asked before the run: start it, or correct url"
+                f"{error}. It is asked once when its worker starts: start it, or correct url"
             ) from None
 
-    def submit(self, prompts: list[str], responses: list[str]) -> Future[Any]:
-        """Start the requests; the answer are the scores of all of them."""
-        answer: Future[Any] = Future()
+    def submit(self, prompts: list[str], responses: list[str]) -> Future[list[float | None]]:
+        """Start the requests; the answer are the scores, None for each that there is none of."""
+        answer: Future[list[float | None]] = Future()
         threading.Thread(target=self._work, args=(answer, prompts, responses), daemon=True).start()
         return answer
 
     def _work(self, answer: Future[Any], prompts: list[str], responses: list[str]) -> None:
-        size = self.reward.request_size
-        scores: list[float] = [math.nan] * len(responses)
+        size = self.reward.request_size or REQUEST_SIZE
+        scores: list[float | None] = [None] * len(responses)
         pool = ThreadPoolExecutor(self.reward.max_pending)
         try:
             parts = {
-                pool.submit(self._ask, prompts[i : i + size], responses[i : i + size]): i
+                pool.submit(self._try, prompts[i : i + size], responses[i : i + size]): i
                 for i in range(0, len(responses), size)
             }
             for part in as_completed(parts):
@@ -68,6 +68,16 @@ class EndpointScorer:
             answer.set_result(scores)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _try(self, prompts: list[str], responses: list[str]) -> list[Any]:
+        """Return `_ask`, or under `default_score` None for each response when it is down."""
+        try:
+            return self._ask(prompts, responses)
+        except EndpointDown as error:
+            if self.reward.default_score is None:
+                raise
+            say_missing(f"{error}, for ", prompts, responses, self.reward.default_score)
+        return [None] * len(responses)
 
     def _ask(self, prompts: list[str], responses: list[str]) -> list[Any]:
         """Return the scores in one request's answer."""

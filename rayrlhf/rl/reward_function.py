@@ -1,15 +1,18 @@
-"""A reward from a Python function of the user's, called in a worker.
+"""A reward from a Python function of the user's, called in a process beside the worker.
 
-The driver never runs the user's code: it checks it in a process of its own. A worker calls it in a
-thread, and waits no longer than `timeout_s`.
+The driver never runs the user's code: it checks it in a process of its own. What a call takes
+longer than `timeout_s` for is ended with its process, whatever it does there.
 """
 
+import textwrap
 import threading
 from concurrent.futures import Future
 from typing import Any
 
+from rayrlhf import console
 from rayrlhf.config import Recipe, RewardSource, key_of
-from rayrlhf.external.functions import check, load, place_of
+from rayrlhf.external.function_process import FunctionDied, FunctionProcess
+from rayrlhf.external.functions import check, place_of
 
 
 class FunctionScorer:
@@ -17,22 +20,52 @@ class FunctionScorer:
 
     def __init__(self, key: str, where: str, reward: RewardSource) -> None:
         """`key` names it in errors; `where` is its place, a file with an absolute path."""
-        self.key, self.timeout_s = key, reward.timeout_s
-        self._function = load(key, where)
+        self.key, self.reward = key, reward
+        self._process = FunctionProcess(key, where)
 
-    def submit(self, prompts: list[str], responses: list[str]) -> Future[Any]:
-        """Start the call."""
-        answer: Future[Any] = Future()
+    def submit(self, prompts: list[str], responses: list[str]) -> Future[list[float | None]]:
+        """Start the calls; the answer are the scores, None for each that there is none of."""
+        answer: Future[list[float | None]] = Future()
 
         def work() -> None:
             try:
-                answer.set_result(self._function(list(prompts), list(responses)))
+                size = self.reward.request_size or len(responses)
+                scores: list[float | None] = []
+                for i in range(0, len(responses), size):
+                    scores += self._call(prompts[i : i + size], responses[i : i + size])
+                answer.set_result(scores)
             except BaseException as error:
                 answer.set_exception(error)
 
-        # A daemon: one that hangs does not keep its process from ending.
         threading.Thread(target=work, daemon=True).start()
         return answer
+
+    def _call(self, prompts: list[str], responses: list[str]) -> list[Any]:
+        timeout_s, default = self.reward.timeout_s, self.reward.default_score
+        try:
+            return self._process.call(prompts, responses, timeout_s)
+        except TimeoutError:
+            late = f"{self.key}: it is not done after timeout_s={timeout_s:g} s for "
+            if default is None:
+                raise TimeoutError(
+                    f"{late}{len(responses)} responses: make it faster, raise timeout_s, or set "
+                    "default_score, and request_size for how many responses share it"
+                ) from None
+            say_missing(late, prompts, responses, default)
+        except FunctionDied as error:
+            if default is None:
+                raise
+            say_missing(f"{error}, for ", prompts, responses, default)
+        return [None] * len(responses)
+
+
+def say_missing(why: str, prompts: list[str], responses: list[str], default: float) -> None:
+    """Print of which responses there is no score, after `why`."""
+    first = textwrap.shorten(f"{prompts[0]}{responses[0]}", width=200, placeholder=" ...")
+    console.say(
+        f"ppo: {why}{len(responses)} responses: default_score={default:g} in place of their "
+        f"scores; the first is {first!r}"
+    )
 
 
 def check_functions(recipe: Recipe) -> None:

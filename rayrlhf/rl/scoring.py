@@ -19,6 +19,7 @@ from rayrlhf import console
 from rayrlhf.config import RecipeError, RewardSource, key_of
 from rayrlhf.data.datasets import shard
 from rayrlhf.data.packing import microbatches
+from rayrlhf.external.function_process import no_numbers
 from rayrlhf.models.scalar_head import ScalarHeadModel, last_scores
 from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import MIN_FILL, Rollout, RowReader, Rows
@@ -78,7 +79,7 @@ class RewardWorker(InferenceWorker):
             each = torch.stack([self._of_model(model, rollout, rows) for model in models])  # (M, b)
             columns[index] = ensemble_scores(each, self.cfg.rewards[index])
         for index, answer in begun.items():
-            columns[index] = [self._answer(index, answer, len(rows))]
+            columns[index] = self._answer(index, answer, len(rows))
         parts = [column for index in sorted(columns) for column in columns[index]]
         return Rows.of(rows, list(torch.stack(parts, dim=1)))  # (b, C)
 
@@ -125,31 +126,24 @@ class RewardWorker(InferenceWorker):
             for index, scorer in self.scorers.items()
         }
 
-    def _answer(self, index: int, begun: tuple[float, Future[Any]], wanted: int) -> Tensor:
-        """Return the scores (b,) of a function or an endpoint.
+    def _answer(self, index: int, begun: tuple[float, Future[Any]], wanted: int) -> list[Tensor]:
+        """Return the columns, (b,) each, of a function or an endpoint.
 
         Raises TimeoutError when a function is late, RuntimeError when it or the endpoint failed,
-        and RecipeError when what came are not `wanted` finite numbers.
+        and RecipeError when what came are not `wanted` finite numbers. Each call and each request
+        has a deadline of its own.
         """
         scorer, (started, answer) = self.scorers[index], begun
-        while True:
-            left = started + scorer.timeout_s - time.monotonic()
-            wait([answer], timeout=max(0.0, min(left, LINE_EVERY_S)))
-            if answer.done():
-                break
-            if left <= LINE_EVERY_S:
-                raise TimeoutError(
-                    f"{scorer.key}: it is not done after timeout_s={scorer.timeout_s:g} s for "
-                    f"{wanted} responses: make it faster, or raise timeout_s"
-                )
+        while not wait([answer], timeout=LINE_EVERY_S).done:
             waited = time.monotonic() - started
             console.say(f"ppo: waiting for {scorer.key}, for {waited:.0f} s so far")
-        error = answer.exception()
-        if error is not None and isinstance(scorer, FunctionScorer):
-            raise RuntimeError(
-                f"{scorer.key}: it raised {type(error).__name__}: {error}"
-            ) from error
-        return as_scores(scorer.key, answer.result(), wanted)
+        found, default = answer.result(), self.cfg.rewards[index].default_score
+        if default is None:
+            return [as_scores(scorer.key, found, wanted)]
+        scores = as_scores(
+            scorer.key, [default if each is None else each for each in found], wanted
+        )
+        return [scores, torch.tensor([float(each is None) for each in found])]
 
 
 def text_scorer(index: int, reward: RewardSource, where: str) -> TextScorer:
@@ -182,10 +176,7 @@ def as_scores(key: str, values: Any, wanted: int) -> Tensor:
     try:
         scores = torch.as_tensor([float(value) for value in values], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(values).__name__
-        raise RecipeError(
-            f"{key}: it gave a {kind} that is no list of numbers ({error}): {rule}"
-        ) from None
+        raise no_numbers(key, type(values).__name__, str(error)) from None
     if len(scores) != wanted:
         raise RecipeError(f"{key}: it gave {len(scores)} scores for {wanted} responses: {rule}")
     wrong = (~scores.isfinite()).nonzero().flatten().tolist()

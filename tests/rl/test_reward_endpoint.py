@@ -116,7 +116,7 @@ def test_nobody_there_is_said_before_the_run() -> None:
     with serving(lengths) as server:
         url = server.url
     scorer = EndpointScorer("ppo.rewards.0.url=u", url, RewardSource(url=url, retries=1))
-    said = r"there is no answer \(ConnectionRefusedError.*asked 2 times.*asked before the run"
+    said = r"there is no answer \(ConnectionRefusedError.*asked 2 times.*when its worker starts"
     with pytest.raises(RecipeError, match=said):
         scorer.try_out()
 
@@ -198,6 +198,28 @@ def test_the_worker_asks_once_at_its_start_and_then_for_every_response(
     assert torch.equal(scores, tokens)
     assert parts == {"reward/length": pytest.approx(float(tokens.mean()))}
     assert f"waiting for ppo.rewards.0.url={server.url}, for" in capsys.readouterr().out
+
+
+def test_what_an_endpoint_owes_has_the_default_score(
+    settings: Make, inline_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_third(body: dict[str, Any], count: int) -> Answer:
+        return (500, {}) if count == 3 else lengths(body, count)  # 0 is the one before the run
+
+    cut = {"request_size": 4, "max_pending": 1, "retries": 0}
+    with serving(without_third) as server:
+        own = settings(rewards=[{"url": server.url, "name": "length", "default_score": 0.5, **cut}])
+        rollout = rollout_of(own)
+        worker = RewardWorker(own)
+        worker.start()
+        group = groups.RewardGroup([InlineHandle(worker)], deadline_s=60)
+        scores, parts = group.score(share(rollout), own.ppo.rewards).wait()
+    tokens = torch.tensor([float(sum(id > 1 for id in row)) for row in rollout.responses()])
+    tokens[8:12] = 0.5
+    assert torch.equal(scores, tokens)
+    assert parts["reward/length_missing"] == 0.25
+    said = "(asked 1 times), for 4 responses: default_score=0.5 in place of their scores; the first"
+    assert said in capsys.readouterr().out
 
 
 def test_an_endpoint_that_goes_down_ends_the_step_with_its_name(settings: Make) -> None:

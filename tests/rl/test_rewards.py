@@ -27,6 +27,7 @@ from tests.rl.test_learners import LEARNERS
 Make = Callable[..., RoleSettings]
 FUNCTIONS = """
 import math
+import os
 import time
 
 def length(prompts, responses):
@@ -50,6 +51,11 @@ def words(prompts, responses):
 
 def broken(prompts, responses):
     return {{}}["key"]
+
+def sometimes(prompts, responses):
+    while responses[0] == open(os.path.join(os.path.dirname(__file__), "late.txt")).read():
+        pass
+    return [len(response) for response in responses]
 
 def slow(prompts, responses):
     time.sleep(5)
@@ -186,6 +192,35 @@ def test_a_function_that_fails_is_named_with_its_key(
         worker.score(sample(own))
     assert "ppo.rewards.1.function=" in str(found.value)
     assert said in str(found.value)
+
+
+def test_what_is_late_has_the_default_score_and_is_shown(
+    settings: Make,
+    inline_ray: None,
+    functions: str,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reward = {
+        "function": f"{functions}:sometimes",
+        "timeout_s": 0.5,
+        "request_size": 1,
+        "default_score": -2.5,
+        "weight": 2.0,
+    }
+    own = settings(rewards=[reward])
+    rollout = sample(own)
+    responses = rollout.responses()
+    lengths = torch.tensor([float(sum(id > PAD for id in row)) for row in responses])
+    late = tokenizer.decode(responses[3], skip_special_tokens=True)
+    Path(functions).with_name("late.txt").write_text(late)
+    is_late = torch.tensor([row == responses[3] for row in responses])
+    scores, parts = scores_of(own, rollout)
+    assert torch.equal(scores, 2 * lengths.masked_fill(is_late, -2.5))
+    assert parts["reward/sometimes_missing"] == float(is_late.float().mean())
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == int(is_late.sum())
+    assert "sometimes: it is not done after timeout_s=0.5 s for 1 responses: default_s" in said[0]
 
 
 def test_reward_rises_with_a_function(train: Callable[..., Any], functions: str) -> None:
