@@ -1,7 +1,8 @@
 """Whether the engines sample from what the learner trains, and whose old log-probs to take.
 
 A probe lets every engine answer a few fixed prompts, greedily and by sampling, and compares the
-log-probs that it reports with the learner's. Beyond `ppo.kl_rollout_mismatch_max` the run stops,
+log-probs that it reports with the learner's. It is made at start, every `ppo.gate.every` steps, and
+when the responses of a step differ by too much. Beyond `ppo.kl_rollout_mismatch_max` the run stops,
 after experiments that find out which of these is wrong:
 
     temperature    the gap is that of sampled answers, and gone at another temperature
@@ -18,10 +19,12 @@ Old log-probs are the learner's with `ppo.old_log_probs: actor`, whose first rat
 With `rollout` they are the engine's, which saves a forward pass where a step has several
 micro-batches; the first ratio is then 1 but for rounding. `auto` takes the engine's while the
 probes agree to `ppo.gate.rollout_max`, and the learner's otherwise, also where a wrong dtype would
-have ended the run.
+have ended the run, or where the responses of a step differ by no more than rounding does and the
+probes find nothing.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,8 +67,16 @@ class Probe:
 class Gate:
     """Compares the engines with the learner at start and every `ppo.gate.every` steps."""
 
-    def __init__(self, cfg: PPOConfig, roles: Roles, prompts: Prompts) -> None:
-        self.cfg, self.roles = cfg, roles
+    def __init__(
+        self,
+        cfg: PPOConfig,
+        roles: Roles,
+        prompts: Prompts,
+        *,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`settle` lets the engines have the learner's weights, and nothing else to do."""
+        self.cfg, self.roles, self._settle = cfg, roles, settle
         lengths = token_counts(prompts.ids)
         longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         self.prompts = [prompts.ids[index] for index in longest[: cfg.gate.num_prompts]]
@@ -78,7 +89,7 @@ class Gate:
         return not self._probed or step % self.cfg.gate.every == 0
 
     def probe(self, step: int, version: int) -> dict[str, float]:
-        """Probe when it is due, while the engines have the weights `version`; returns metrics.
+        """Probe when it is due, while the learner has the weights `version`; returns metrics.
 
         A run that resumes probes, too, and says so only where an uninterrupted one would. Raises
         RuntimeError, with what is wrong, beyond `ppo.kl_rollout_mismatch_max`.
@@ -86,12 +97,7 @@ class Gate:
         if not self.is_due(step):
             return {}
         self._probed = True
-        greedy, sampled = self._measure(0.0), self._measure(self.cfg.temperature)
-        worst = worst_of(greedy, sampled)
-        if self.cfg.old_log_probs == "auto":
-            self.takes_rollout = worst <= self.cfg.gate.rollout_max
-        if worst > self.cfg.kl_rollout_mismatch_max:
-            self._judge(greedy, sampled, version)
+        greedy, sampled = self._compare(version)
         is_said = step % self.cfg.gate.every == 0
         return {"gate/greedy": greedy.gap, "gate/sampled": sampled.gap} if is_said else {}
 
@@ -108,31 +114,65 @@ class Gate:
 
         def gather(parts: list[Any]) -> Evaluated:
             log_probs, entropy = pending.gather(parts)
-            mismatch = self.check(*fresh_part(log_probs, rollout, version))
+            mismatch = self.check(*fresh_part(log_probs, rollout, version), version)
             return log_probs, {"policy/entropy": entropy, "kl/rollout_mismatch": mismatch}
 
         return replace(pending, gather=gather)
 
-    def check(self, log_probs: Tensor, rollout_log_probs: Tensor) -> float:
+    def check(self, log_probs: Tensor, rollout_log_probs: Tensor, version: int) -> float:
         """Return mean |log-prob of the engine - of the learner|, nats per token; NaN for no token.
 
-        Raises RuntimeError beyond `ppo.kl_rollout_mismatch_max`; where a probe found that rounding
-        is why, beyond what rounding does.
+        Raises RuntimeError, with what is wrong, beyond `ppo.kl_rollout_mismatch_max`; where a probe
+        found that rounding is why, beyond what rounding does. `version` is the learner's.
         """
         if not len(log_probs):
             return math.nan
-        return self._allow(float((log_probs - rollout_log_probs).abs().mean()))
+        return self._allow(float((log_probs - rollout_log_probs).abs().mean()), version)
 
-    def watch(self, update: dict[str, float]) -> dict[str, float]:
+    def watch(self, update: dict[str, float], version: int) -> dict[str, float]:
         """Return the metrics of an update; raises as `check` for a mismatch that it met."""
         if "kl/rollout_mismatch" in update:
-            self._allow(update["kl/rollout_mismatch"])
+            self._allow(update["kl/rollout_mismatch"], version)
         return update
 
-    def _allow(self, mismatch: float) -> float:
-        if not mismatch <= self._bound:
-            raise RuntimeError(too_large(mismatch, self._bound))
+    def _allow(self, mismatch: float, version: int) -> float:
+        if mismatch <= self._bound:
+            return mismatch
+        worst = worst_of(*self._compare(version))
+        if mismatch <= self._bound:  # now: rounding is why
+            return mismatch
+        if self.cfg.old_log_probs != "auto" or not mismatch <= ROUNDING_MAX:
+            raise RuntimeError(
+                f"{too_large(mismatch, self._bound)}. Probes differ by {worst:.3g} only: see the "
+                "log of the engines for what was different in this step"
+            )
+        self._compute_around(mismatch, f"in a step's responses, {worst:.3g} in probes")
         return mismatch
+
+    def _compare(self, version: int) -> tuple[Probe, Probe]:
+        """Probe, greedily and by sampling; raises as `probe`."""
+        self._settle()
+        greedy, sampled = self._measure(0.0), self._measure(self.cfg.temperature)
+        worst = worst_of(greedy, sampled)
+        if worst > self.cfg.kl_rollout_mismatch_max:
+            self._judge(greedy, sampled, version)
+        if self.cfg.old_log_probs == "auto":
+            self.takes_rollout = worst <= self.cfg.gate.rollout_max and not self._rounds
+        return greedy, sampled
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether engine and learner were found to round differently."""
+        return self._bound > self.cfg.kl_rollout_mismatch_max
+
+    def _compute_around(self, mismatch: float, what: str) -> None:
+        """Take the actor's log-probs from now on, and allow what rounding gives."""
+        self._bound = max(self.cfg.kl_rollout_mismatch_max, ROUNDING_MAX)
+        self.takes_rollout = False
+        console.say(
+            f"ppo: engine and actor differ by {mismatch:.3g} nats per token ({what}): old "
+            "log-probs are the actor's (ppo.old_log_probs=auto)"
+        )
 
     def _measure(self, temperature: float) -> Probe:
         """Let every engine answer the prompts, and the learner say how likely that was."""
@@ -151,11 +191,8 @@ class Gate:
             fix = "see the log of the engines"
         if not what.startswith("dtype") or self.cfg.old_log_probs != "auto":
             raise RuntimeError(f"{too_large(worst, self._bound)}. Probes say {what}: {fix}")
-        self._bound = max(self.cfg.kl_rollout_mismatch_max, ROUNDING_MAX)
-        console.say(
-            f"ppo: engine and actor differ by {worst:.3g} nats per token ({what}): old log-probs "
-            "are the actor's (ppo.old_log_probs=auto)"
-        )
+        if not self._rounds:
+            self._compute_around(worst, what)
 
     def _cause(self, greedy: Probe, sampled: Probe, version: int) -> tuple[str, str]:
         """Find out what is wrong, by what makes it right; returns that and what to do."""

@@ -26,9 +26,8 @@ from rayrlhf.metrics import MetricsLogger, Timer
 from rayrlhf.rl import ppo_async
 from rayrlhf.rl.credit import Evaluation, assign_credit
 from rayrlhf.rl.gate import Gate
-from rayrlhf.rl.layout import plan
 from rayrlhf.rl.off_policy import correct
-from rayrlhf.rl.placement import Roles, cluster_nodes, launch
+from rayrlhf.rl.placement import Roles, cluster_nodes, launch, plan
 from rayrlhf.rl.profile import Profile
 from rayrlhf.rl.reporting import NOT_UPDATED, is_due, log_samples, rollout_metrics
 from rayrlhf.rl.reward_function import check_functions
@@ -179,7 +178,7 @@ def optimize(
             **timer.seconds,
         }
         for part in losses:
-            metrics |= gate.watch(part)
+            metrics |= gate.watch(part, state.version)
         log.log(state.step, metrics)
         profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):

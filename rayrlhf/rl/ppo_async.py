@@ -42,15 +42,13 @@ def optimize(
     """Run the steps that are left, with a checkpoint every `save_every` and after the last."""
     stream = make_stream(cfg, roles, prompts)
     stream.advance(state.step, state.version)
-    gate = Gate(cfg, roles, prompts)
+    gate = Gate(cfg, roles, prompts, settle=stream.catch_up)
     profile = Profile(roles, log.dir / "profile" if cfg.profile else None, cfg.steps - state.step)
 
     for step in range(state.step, cfg.steps):
         timer = Timer()
         with timer("step"):
             with timer("probe"):  # engine and learner agree, or the run ends here
-                if gate.is_due(step):
-                    stream.catch_up()
                 probed = gate.probe(step, state.version)
 
             with timer("rollout"):  # 1. what is not there yet is waited for
@@ -104,7 +102,7 @@ def optimize(
             **timer.seconds,
         }
         for part in losses:
-            metrics |= gate.watch(part)
+            metrics |= gate.watch(part, state.version)
         log.log(state.step, metrics)
         profile.step_done()
         if is_due(state.step, cfg.sample_every, cfg.steps):

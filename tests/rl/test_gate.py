@@ -192,10 +192,10 @@ def test_another_dtype_is_named_or_computed_around(
     assert gate.probe(0, 1)["gate/sampled"] > 1e-4
     assert not gate.takes_rollout
     assert "old log-probs are the actor's" in capsys.readouterr().out
-    gate.watch({"kl/rollout_mismatch": 0.05})
+    gate.watch({"kl/rollout_mismatch": 0.05}, 1)
     for more in (0.3, float("nan")):
         with pytest.raises(RuntimeError, match="kl/rollout_mismatch="):
-            gate.watch({"kl/rollout_mismatch": more})
+            gate.watch({"kl/rollout_mismatch": more}, 1)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +222,41 @@ def test_the_longest_prompts_are_probed(gate_of: Callable[..., Gate]) -> None:
 def test_a_mismatch_of_a_rollout_stops_the_run(gate_of: Callable[..., Gate], gap: float) -> None:
     gate = gate_of(SmallEngine)
     engine = torch.randn(5)
-    assert gate.check(engine + 1e-5, engine) == pytest.approx(1e-5, rel=0.1)
-    with pytest.raises(RuntimeError, match=r"kl/rollout_mismatch=.* ppo\.kl_rollout_mismatch_max"):
-        gate.check(engine + gap, engine)
-    with pytest.raises(RuntimeError, match=r"kl/rollout_mismatch=.* ppo\.kl_rollout_mismatch_max"):
-        gate.watch({"kl/rollout_mismatch": gap})
-    assert gate.watch({"value/loss": gap}).keys() == {"value/loss"}
+    assert gate.check(engine + 1e-5, engine, 1) == pytest.approx(1e-5, rel=0.1)
+    said = r"kl/rollout_mismatch=.* ppo\.kl_rollout_mismatch_max.*Probes differ by .* only"
+    with pytest.raises(RuntimeError, match=said):
+        gate.check(engine + gap, engine, 1)
+    with pytest.raises(RuntimeError, match=said):
+        gate.watch({"kl/rollout_mismatch": gap}, 1)
+    assert gate.watch({"value/loss": gap}, 1).keys() == {"value/loss"}
+
+
+def test_between_probes_a_mismatch_stops_the_run_with_the_reason(
+    gate_of: Callable[..., Gate],
+) -> None:
+    settled = []
+    gate = gate_of(HalfTemperature)
+    gate._settle = lambda: settled.append(True)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"Probes say temperature: the engine's log-probs"):
+        gate.watch({"kl/rollout_mismatch": 0.5}, 1)
+    assert settled
+
+
+def test_auto_computes_around_what_rounds_in_a_step_only(
+    gate_of: Callable[..., Gate], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = gate_of(SmallEngine, old_log_probs="auto")
+    gate.probe(0, 1)
+    assert gate.takes_rollout
+    gate.watch({"kl/rollout_mismatch": 0.05}, 1)
+    assert not gate.takes_rollout
+    assert "0.05 nats per token (in a step's responses, " in capsys.readouterr().out
+    gate._probed = False
+    gate.probe(1, 1)  # finds nothing, and yet
+    assert not gate.takes_rollout
+    gate.watch({"kl/rollout_mismatch": 0.05}, 1)
+    with pytest.raises(RuntimeError, match="beyond what rounding gives, 0.2"):
+        gate.watch({"kl/rollout_mismatch": 0.3}, 1)
 
 
 def test_old_log_probs_of_the_engine_learn_the_same(

@@ -54,6 +54,7 @@ def test_the_two_loops_differ_where_they_say() -> None:
     marked = [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
     assert [line[1:].strip() for line in marked if line[0] == "-"] == [
         "sync_weights(roles.actor, roles.rollout, version=state.version)",
+        "gate = Gate(cfg, roles, prompts)",
         'with timer("rollout"):  # 1. on-policy by construction',
         "rollout = roles.rollout.generate(prompts.take(step), step).wait()",
         'with timer("sync"):  # 5. no rollout on old weights',
@@ -62,7 +63,7 @@ def test_the_two_loops_differ_where_they_say() -> None:
         "sync_weights(roles.actor, roles.rollout, version=state.version)",
         '**rollout_metrics(rollout, timer.seconds["time/rollout_s"]),',
     ]
-    assert len(marked) == 8 + 13
+    assert len(marked) == 9 + 12
 
 
 @pytest.mark.parametrize("stale", ["wait", "drop"])
