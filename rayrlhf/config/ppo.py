@@ -102,11 +102,12 @@ class PPOConfig(AsynchronyConfig):
     """Trace the trained roles for a step and measure a few more: ppo/profile/ gets the traces, and
     a table of seconds and FLOP utilisation per role and phase."""
     deadline_s: PositiveFloat = 600
-    """Longest wait for one call to a role before the run stops and names the role."""
+    """Longest wait for one call to a role. Whoever takes longer hangs, and is ended like a worker
+    that died; the run stops, and names the role, when a start or a successor takes as long."""
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Deaths within an hour that the run survives: of each rollout, reference or reward worker,
     whose successor repeats what it was doing, and of the ranks of the actor or of the critic
-    together, after which both go back to the newest checkpoint."""
+    together, after which both go back to the newest checkpoint. One that hangs counts for good."""
     sample_every: Positive = 10
     """Steps between samples on the terminal and in samples.jsonl."""
     save_every: Positive = 10

@@ -126,6 +126,8 @@ class Supervisor:
         """`spawn(rank, settings)` ends who is in the rank's bundle, and starts a worker there."""
         self.role, self.spawn, self.settings = role, spawn, settings
         self.max_restarts = settings.ppo.max_restarts
+        # For good: those that hang again and again, each to its deadline, may be few in an hour.
+        self._num_hung = 0
         self.num_restarts = 0
         self._recent: dict[int | None, deque[float]] = defaultdict(deque)
 
@@ -137,11 +139,12 @@ class Supervisor:
         self._count(seat, call, error, self._recent[seat.rank], "its successor does it again")
         seat.pass_on(self.spawn(seat.rank, self.settings))
 
-    def lose(self, seat: Seat, call: str, error: Exception, what: str = "died") -> LearnerLost:
-        """Return what a rank's death means for the run; `what` has happened to the worker.
+    def lose(self, seat: Seat, call: str, error: Exception, what: str = "") -> LearnerLost:
+        """Return what a rank's death means for the run; `what` says what else happened to it.
 
         Raises RuntimeError when ranks of the role have died too often within an hour.
         """
+        what = what or _what(error)
         then = "all trained ranks go back to a checkpoint"
         self._count(seat, call, error, self._recent[None], then, what)
         return LearnerLost(f"{self.role}.{call}: worker {seat.rank} {what}: {reason(error)}")
@@ -153,24 +156,33 @@ class Supervisor:
         error: Exception,
         recent: deque[float],
         then: str,
-        what: str = "died",
+        what: str = "",
     ) -> None:
+        what = what or _what(error)
         now = time.monotonic()
         while recent and now - recent[0] > HOUR_S:
             recent.popleft()
-        if len(recent) >= self.max_restarts:
+        used = len(recent) + self._num_hung
+        if used >= self.max_restarts:
             raise RuntimeError(
-                f"{self.role}.{call}: worker {seat.rank} {what}, after {len(recent)} restarts "
+                f"{self.role}.{call}: worker {seat.rank} {what}, after {used} restarts "
                 f"within an hour: ppo.max_restarts={self.max_restarts} allows no more. See why "
                 "below and in its log under Ray's session folder; the same command resumes from "
                 f"the newest checkpoint. {error}"
             ) from error
-        recent.append(now)
+        if isinstance(error, TimeoutError):
+            self._num_hung += 1
+        else:
+            recent.append(now)
         self.num_restarts += 1
         console.say(
-            f"ppo: {self.role} worker {seat.rank} {what} in {call}, {then} (restart {len(recent)} "
+            f"ppo: {self.role} worker {seat.rank} {what} in {call}, {then} (restart {used + 1} "
             f"of at most {self.max_restarts} an hour): {reason(error)}"
         )
+
+
+def _what(error: Exception) -> str:
+    return "hangs" if isinstance(error, TimeoutError) else "died"
 
 
 def reason(error: Exception) -> str:

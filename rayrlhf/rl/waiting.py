@@ -1,7 +1,8 @@
 """Calls that have started, and how they are waited for.
 
 Every call has the deadline `ppo.deadline_s` and a line every 30 s, and both the line and the error
-name the role and the call. What a worker's death means for a call says who started it.
+name the role and the call. What a worker's death means for a call says who started it; a worker
+that is not done by the deadline hangs, and is ended as one that died.
 """
 
 import time
@@ -67,10 +68,10 @@ def wait_all(*pending: Pending[Any]) -> list[Any]:
     """Wait for calls that run at the same time; returns their results in order.
 
     What a worker without a state of its own was doing when it died, its successor does again.
-    Raises TimeoutError when a call is not done by its deadline, LearnerLost when a rank of a
-    trained role died, and RuntimeError when a worker raised, or died too often, as soon as that
-    happens, whatever the others do. All name the role and the call. A RecipeError of a worker is
-    raised as it is.
+    Raises LearnerLost when a rank of a trained role died, and RuntimeError when a worker raised, or
+    died too often, as soon as that happens, whatever the others do. A call that is not done by its
+    deadline counts as a death; raises TimeoutError where it is a start, or a successor's. All name
+    the role and the call. A RecipeError of a worker is raised as it is.
     """
     _finish(pending)
     return [each.gather([call.result for call in each.calls]) for each in pending]
@@ -117,10 +118,8 @@ def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lam
         refs = list(waiting)
         ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, until - time.monotonic()))
         if not ready and until == deadline:
-            raise TimeoutError(
-                f"{late.role}.{call.name} is not done after ppo.deadline_s={late.deadline_s:g} s: "
-                f"{late.fix}, or raise ppo.deadline_s"
-            )
+            _hangs(late, call)
+            continue
         if ready and len(refs) > 1:  # one by one, n answers would take n waits for up to n calls
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         _take_in_all(waiting, ready)
@@ -179,6 +178,17 @@ def _items(call: Call, answer: Callable[[], Any]) -> list[Ref]:
     refs = list(call.stream)
     ray.get(refs[-1])
     return refs[:-1]
+
+
+def _hangs(pending: Pending[Any], call: Call) -> None:
+    """Take a call that is late as its worker's death, unless another worker would be late, too."""
+    error = TimeoutError(
+        f"{pending.role}.{call.name} is not done after ppo.deadline_s={pending.deadline_s:g} s: "
+        f"{pending.fix}, or raise ppo.deadline_s"
+    )
+    if pending.died is None or call.is_again or call.name == "start":
+        raise error
+    pending.died(call, error)
 
 
 def _died(pending: Pending[Any], call: Call, error: Exception) -> None:

@@ -18,6 +18,7 @@ from rayrlhf.transfer import Described
 from tests.rl.inline import InlineHandle, InlineRay
 
 DEAD = ray.exceptions.ActorDiedError()
+HANGS = object()
 Log = list[tuple[Any, ...]]
 
 
@@ -114,6 +115,52 @@ def test_a_successor_repeats_the_call(
     )
     group.log_probs("rollout", 8).wait()
     assert log[4:] == [("reference0'", "log_probs", 8)]  # what is past is not repeated
+
+
+class SomeHang(InlineRay):
+    """What has the answer HANGS is never ready."""
+
+    @staticmethod
+    def wait(refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        ready = [ref for ref in refs if ref.value is not HANGS][:num_returns]
+        return ready, [ref for ref in refs if ref not in ready]
+
+
+def test_a_worker_that_hangs_is_replaced(
+    make: Make, log: Log, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "ray", SomeHang)
+    group = make(ReferenceGroup, {"log_probs": HANGS})
+    assert group.log_probs("rollout", 7).wait().tolist() == [7.0]
+    assert log[2:] == [("reference0'", "start"), ("reference0'", "log_probs", 7)]
+    assert capsys.readouterr().out == (
+        "ppo: reference worker 0 hangs in log_probs, its successor does it again (restart 1 of at "
+        "most 3 an hour): reference.log_probs is not done after ppo.deadline_s=5 s: see the log of "
+        "its worker under Ray's session folder, or raise ppo.deadline_s\n"
+    )
+
+
+@pytest.mark.parametrize("call", ["start", "log_probs"])
+def test_what_hangs_at_a_start_or_again_ends_the_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(waiting, "ray", SomeHang)
+    with pytest.raises(TimeoutError, match=rf"^reference\.{call} is not done after"):
+        make(ReferenceGroup, *[{call: HANGS}] * 2).log_probs("rollout", 7).wait()
+
+
+def test_a_learner_that_hangs_is_lost_and_counts_for_good(
+    make: Make, settings: Callable[..., RoleSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "ray", SomeHang)
+    group = make(CriticGroup, *[{"update": HANGS}] * 4, max_restarts=2)
+    monkeypatch.setattr(supervision, "HOUR_S", 0.0)  # a death would be forgotten at once
+    for _ in range(2):
+        with pytest.raises(LearnerLost, match=r"critic\.update: worker 0 hangs: critic\.update is"):
+            group.update("experience", 1).wait()
+        group.renew(settings(max_restarts=2)).wait()
+    with pytest.raises(RuntimeError, match="worker 0 hangs, after 2 restarts"):
+        group.update("experience", 1).wait()
 
 
 def test_a_new_engine_catches_up_alone(make: Make, log: Log) -> None:

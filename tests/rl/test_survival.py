@@ -23,7 +23,7 @@ from rayrlhf.rl.state import restore, resume_point
 from rayrlhf.rl.supervision import Supervisor
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from rayrlhf.training.checkpoint import begin, commit, is_complete
-from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine
+from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine, timeless
 
 Death = tuple[str, str, int]
 """Role, call, and which call of that name it is that the worker dies in."""
@@ -127,18 +127,6 @@ def run(
     return run
 
 
-def undisturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the metrics without what depends on the clock or counts deaths."""
-    return [
-        {
-            name: value
-            for name, value in row.items()
-            if not name.startswith(("time", "restarts/")) and name != "rollout/tokens_per_s"
-        }
-        for row in rows
-    ]
-
-
 def test_a_run_survives_its_workers(
     run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +142,7 @@ def test_a_run_survives_its_workers(
         ("reward", "score", 3),
         ("reward", "score", 4),
     )
-    assert undisturbed(replaced) == undisturbed(whole)
+    assert timeless(replaced) == timeless(whole)
     counts = [[row[f"restarts/{role}"] for row in replaced] for role in KINDS]
     assert counts[:2] == [[0.0] * 5] * 2
     assert counts[2:] == [[0, 0, 1, 1, 1], [0, 0, 2, 2, 2], [0, 1, 1, 2, 2]]
@@ -165,7 +153,7 @@ def test_a_run_survives_its_workers(
 def test_a_lost_learner_goes_back_to_a_checkpoint(
     run: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = undisturbed(run("whole"))
+    whole = timeless(run("whole"))
     deaths: dict[Death, int] = {
         ("critic", "values", 1): 0,
         ("actor", "weights", 3): 0,  # once before the first step
@@ -177,7 +165,7 @@ def test_a_lost_learner_goes_back_to_a_checkpoint(
     for number, (death, back) in enumerate(deaths.items()):
         capsys.readouterr()
         rows = run(f"lost-{number}", death)
-        assert undisturbed(rows) == whole, death
+        assert timeless(rows) == whole, death
         assert rows[-1][f"restarts/{death[0]}"] == (death[1] != "export")
         assert f"ppo: back to step {back}: " in capsys.readouterr().out
 
@@ -186,7 +174,7 @@ def test_learners_that_die_while_they_go_back_start_once_more(
     run: Callable[..., list[dict[str, Any]]],
 ) -> None:
     rows = run("lost", ("actor", "update", 3), ("critic", "start", 2), ("critic", "start", 3))
-    assert undisturbed(rows) == undisturbed(run("whole"))
+    assert timeless(rows) == timeless(run("whole"))
     assert (rows[-1]["restarts/actor"], rows[-1]["restarts/critic"]) == (1, 2)
 
 
@@ -196,7 +184,7 @@ def test_learners_that_die_while_they_start_do_so_once_more(
     deaths = [("actor", "start", 1), ("critic", "start", 2), ("reward", "start", 1)]
     rows = run("lost", *deaths)
     said = capsys.readouterr().out
-    assert undisturbed(rows) == undisturbed(run("whole"))
+    assert timeless(rows) == timeless(run("whole"))
     assert [rows[-1][f"restarts/{role}"] for role in KINDS] == [1, 1, 0, 1, 0]
     assert said.count("died in start, all trained ranks go back") == 2
 
@@ -208,7 +196,7 @@ def test_too_many_deaths_end_the_run_and_keep_its_checkpoint(
     with pytest.raises(RuntimeError, match=r"actor\.update: worker 0 died, after 1 restart"):
         run("lost", *deaths, max_restarts=1)
     assert is_complete(tmp_path / "lost" / "ppo" / "checkpoints" / "step-00000002")
-    assert undisturbed(run("lost")) == undisturbed(run("whole"))
+    assert timeless(run("lost")) == timeless(run("whole"))
 
 
 ROLLED_BACK: dict[str, Any] = {
@@ -254,7 +242,7 @@ def test_a_kl_above_budget_goes_back_with_a_larger_coefficient(
     with pytest.raises(KeyboardInterrupt):
         run("cut", **ROLLED_BACK)
     kills[0] = False
-    assert undisturbed(run("cut", **ROLLED_BACK)) == undisturbed(rows)
+    assert timeless(run("cut", **ROLLED_BACK)) == timeless(rows)
 
 
 def test_rollouts_ahead_of_the_learner_go_back_with_it(
