@@ -31,6 +31,14 @@ ENVIRONMENT = {
 }
 
 
+def needs_gpu() -> bool:
+    """Tell whether this vLLM is none of those that compute on CPUs."""
+    os.environ.update(ENVIRONMENT)
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
 @dataclass(frozen=True)
 class Completion:
     """One response, as the engine sampled it."""

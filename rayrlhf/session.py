@@ -42,6 +42,10 @@ QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
 """Of a Ray that this command starts: its agent measures all processes every 5 s for a dashboard."""
 
 
+CPU_ROLES = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Ray leaves all GPUs of a node visible to a worker that asked for none."""
+
+
 def connect(recipe: Recipe, *, keeps_idle: bool = True) -> None:
     """Initialise Ray once per process; workers import this very copy of the package.
 
@@ -57,7 +61,7 @@ def connect(recipe: Recipe, *, keeps_idle: bool = True) -> None:
         local["include_dashboard"] = False
         if not keeps_idle:
             local["_system_config"] = {"num_workers_soft_limit": 0}
-    env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1", **SERVE}
+    env = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1", **SERVE, **CPU_ROLES}
     ray.init(
         address=address,
         log_to_driver=False,

@@ -198,6 +198,37 @@ def test_a_ray_of_its_own_runs_nothing_that_nobody_asks_for() -> None:
     assert done.stdout == "quiet\n", done.stdout + done.stderr
 
 
+VISIBLE = """
+import os
+from types import SimpleNamespace
+import ray
+from ray.cluster_utils import Cluster
+from rayrlhf import session
+head = {"num_cpus": 1, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+os.environ["RAY_ADDRESS"] = cluster.address
+session.connect(SimpleNamespace(name="visible"))
+visible = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+print([ray.get(visible.options(num_gpus=num).remote()) for num in (0, 2)])
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_without_gpus_sees_none() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", VISIBLE],
+        env={**env, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.splitlines()[-1:] == ["['', '0,1']"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("comes", [True, False])
 def test_an_autoscaler_is_asked_once_and_no_longer(
     monkeypatch: pytest.MonkeyPatch, comes: bool

@@ -40,6 +40,8 @@ _FORMATS = {
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _REMOTE_BLOCK = 4 * 2**20
 """Bytes that one request to a remote filesystem asks for."""
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+"""How data sets of the Hugging Face hub are called: user/name."""
 _QUERY = re.compile(r"\?\w+=[^*?/\[]*$")
 
 
@@ -93,9 +95,14 @@ def find(path: str | Path) -> list[InputFile]:
             f"{path}: no {', '.join(_FORMATS)} file in this folder: "
             "name the folder or the file that holds the records"
         )
+    of_the_hub = (
+        f"; a data set of the Hugging Face hub is hf://datasets/{path}"
+        if _HUB_NAME.fullmatch(str(path)) and not _suffixes(str(path))[0]
+        else ""
+    )
     raise RecipeError(
         f"{path}: no such file: correct the path in the recipe "
-        f"(relative paths start at {Path.cwd()})"
+        f"(relative paths start at {Path.cwd()}{of_the_hub})"
     )
 
 

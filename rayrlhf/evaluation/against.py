@@ -16,7 +16,7 @@ from rayrlhf.config import RecipeError
 from rayrlhf.evaluation.cells import number, page, table
 from rayrlhf.evaluation.cost_section import VARIETY
 from rayrlhf.evaluation.plots.preference import word
-from rayrlhf.evaluation.words import JUDGES, MODELS
+from rayrlhf.evaluation.words import JUDGES, MODELS, ppo_model
 from rayrlhf.lineage import read_json
 
 Results = Mapping[str, Any]
@@ -142,11 +142,9 @@ def _costs(results: Results) -> Iterator[tuple[Key, Measured]]:
 def _frontiers(results: Results) -> Iterator[tuple[Key, Measured]]:
     """Yield where the gold reward peaks and ends, of best-of-n and of PPO's checkpoints."""
     found = results.get("overoptimisation") or {}
-    for of, curve in (
-        ("best of n", found.get("best_of_n")),
-        ("ppo_ptx" if "ppo_ptx" in results["models"] else "ppo", found.get("ppo")),
-    ):
-        if curve:
+    ppo = ppo_model(results["models"])
+    for of, curve in (("best of n", found.get("best_of_n")), (ppo, found.get("ppo"))):
+        if of and curve:
             last, peak = curve["points"][-1], curve["peak"]
             gold = "gold reward at the end, SDs of the reference"
             fall = "fall of the gold reward from its peak to the end"

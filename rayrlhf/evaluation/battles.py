@@ -19,6 +19,7 @@ from rayrlhf.evaluation.length_control import length_controlled
 from rayrlhf.evaluation.llm_judge import Battle, LLMJudge, Positions, positions, settle
 from rayrlhf.evaluation.panel import panel
 from rayrlhf.evaluation.ratings import Interval, elo, outcomes, share_won
+from rayrlhf.evaluation.words import ppo_model
 
 Floats = npt.NDArray[np.float64]
 Answers = Mapping[str, list[Answer]]
@@ -114,8 +115,8 @@ class Battles:
     def _successors(self, models: Sequence[str]) -> dict[str, str]:
         """Return the policy before each of the recipe's rounds, by the name of the one after."""
         rounds = list(lineage.round_policies(self._recipe))
-        ppo = [model for model in models if model in ("ppo", "ppo_ptx")]
-        return dict(pairwise([*ppo, *rounds][::-1])) if ppo else {}
+        ppo = ppo_model(models)
+        return dict(pairwise([ppo, *rounds][::-1])) if ppo else {}
 
     def _say(self, text: str) -> None:
         console.say(f"{'evaluate':>9} {text}")

@@ -1,6 +1,6 @@
 """What models, judges and stages are called in the report, in the order in which they appear."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 MODELS = {
@@ -24,6 +24,11 @@ def model_word(model: str) -> str:
     """Return how a model is called at the start of a sentence or on an axis."""
     word = MODELS[model]
     return word[0].upper() + word[1:]
+
+
+def ppo_model(models: Collection[str]) -> str | None:
+    """Return which of PPO and PPO-ptx is there: a run has one of them at most."""
+    return next((model for model in ("ppo", "ppo_ptx") if model in models), None)
 
 
 def last_model(results: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From a layout to workers: `launch` has the only ray.remote() of the package."""
+"""From a recipe to workers: `plan` says where each goes (layout.py), and `launch` starts them."""
 
 import math
 import time
@@ -26,7 +26,7 @@ from rayrlhf.rl.groups import (
     RolloutGroup,
     TrainedGroup,
 )
-from rayrlhf.rl.layout import Layout, Place, arrange
+from rayrlhf.rl.layout import Layout, Place, arrange, plan
 from rayrlhf.rl.ranks import RoleSettings
 from rayrlhf.rl.supervision import Handle, LearnerLost, Seat, Supervisor
 from rayrlhf.rl.turns import Turns
@@ -39,6 +39,8 @@ from rayrlhf.rl.workers import (
     RewardWorker,
     RolloutWorker,
 )
+
+__all__ = ["Bundles", "Layout", "Roles", "cluster_nodes", "launch", "plan"]
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)
 WORKERS: dict[Role, type] = {

@@ -10,6 +10,7 @@ All ranks of a trained role call the same method with the same arguments and wor
 of the rows (see experience.py). Dropout is off in every role: models stay in eval mode.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -189,7 +190,8 @@ class ActorWorker(TrainedWorker):
                         found = (entropy * micro.mask).sum() * self.cfg.epochs  # of the first only
                         add(sums, {"policy/entropy": found})
                     log_ratio = (log_probs.detach() - old) * micro.mask
-                    largest = max(largest, float((log_ratio.exp() - 1).abs().max()))
+                    changed = float((log_ratio.exp() - 1).abs().max())
+                    largest = changed if math.isnan(changed) else max(changed, largest)
                     distance += float(log_ratio.abs().sum())
                 if self.corpus is not None:
                     add(sums, self._ptx(self.corpus, step * self._updates + number))

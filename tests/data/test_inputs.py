@@ -110,6 +110,14 @@ def test_nothing_to_read(tmp_path: Path, make: Callable[[Path], None], message: 
         find(tmp_path / "x")
 
 
+def test_a_name_of_the_hub_says_its_address() -> None:
+    with pytest.raises(RecipeError, match=r"no such file.*hf://datasets/Anthropic/hh-rlhf\)"):
+        find("Anthropic/hh-rlhf")
+    with pytest.raises(RecipeError, match="no such file") as error:
+        find("data/train.jsonl")
+    assert "hf://" not in str(error.value)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=9), min_size=1, max_size=12), st.integers(1, 60))
 def test_every_line_is_in_exactly_one_span(

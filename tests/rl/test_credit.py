@@ -57,6 +57,15 @@ def test_gae_by_hand() -> None:
     assert "value/explained_variance" in result.metrics
 
 
+def test_21_whitening_leaves_the_critics_targets_as_they_are() -> None:
+    values = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.5, 0.0, 0.0, -1.0])
+    (plain, apart), (whitened, both) = (
+        credit(values, whiten_advantages=whiten) for whiten in (False, True)
+    )
+    assert plain != pytest.approx(whitened, abs=0.1)
+    assert torch.equal(apart.experience.returns, both.experience.returns)
+
+
 def test_grpo_by_hand() -> None:
     """The KL is in the loss, so groups compare 3 with 1 and 2 with 0: means 2, 1, std sqrt(2)."""
     advantages, result = credit(advantage_estimator="grpo")

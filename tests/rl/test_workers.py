@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rayrlhf.config import RecipeError
 from rayrlhf.data.packing import pack_best_fit
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
@@ -422,6 +423,14 @@ def _filling(row: list[int]) -> int:
     """Count the end-of-text tokens after the first of those that end the row."""
     count = next(i for i, token in enumerate(reversed(row)) if token != EOS)
     return count - 1
+
+
+def test_an_engine_without_gpu_needs_a_vllm_for_cpus(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrlhf.rl.rollout.needs_gpu", lambda: True)
+    with pytest.raises(RecipeError, match=r"rollout\.gpus=0, and the vLLM on 127\.0\.0\.1 needs"):
+        RolloutWorker(settings()).start()
 
 
 def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
