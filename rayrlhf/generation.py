@@ -9,6 +9,7 @@ sampler needs none of it), no binding of threads to cores.
 
 import hashlib
 import os
+import socket
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, set_num_threads  # vLLM puts one that does nothing in its place
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rayrlhf.config import RecipeError
 from rayrlhf.transfer import Described, Meeting
 from rayrlhf.transfer.sender import BUFFER_BYTES
 
@@ -31,12 +33,16 @@ ENVIRONMENT = {
 }
 
 
-def needs_gpu() -> bool:
-    """Tell whether this vLLM is none of those that compute on CPUs."""
+def check_cpu() -> None:
+    """Raise RecipeError unless this vLLM computes on CPUs, for an engine that has no GPU."""
     os.environ.update(ENVIRONMENT)
     from vllm.platforms import current_platform
 
-    return not current_platform.is_cpu()
+    if not current_platform.is_cpu():
+        raise RecipeError(
+            f"the vLLM on {socket.gethostname()} needs a GPU, and this engine has none: set "
+            "resources.rollout.gpus, or install requirements/cpu.txt there"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Engine:
             os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundles))
             os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(gpu_share)
         on_gpu = bool(bundles) or torch.cuda.is_available()  # its processes have them
+        if not on_gpu:
+            check_cpu()
         self._sleeps = sleeps and on_gpu
         self._is_asleep = False
         self._num_threads = None if on_gpu else num_threads

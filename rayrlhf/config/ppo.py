@@ -103,7 +103,8 @@ class PPOConfig(AsynchronyConfig):
     a table of seconds and FLOP utilisation per role and phase."""
     deadline_s: PositiveFloat = 600
     """Longest wait for one call to a role. Whoever takes longer hangs, and is ended like a worker
-    that died; the run stops, and names the role, when a start or a successor takes as long."""
+    that died. The run stops, and names the role, when a start takes as long, or the successor of a
+    rollout, reference or reward worker; learners go back as often as `max_restarts` allows."""
     max_restarts: Annotated[int, Field(ge=0)] = 5
     """Deaths within an hour that the run survives: of each rollout, reference or reward worker,
     whose successor repeats what it was doing, and of the ranks of the actor or of the critic

@@ -132,8 +132,8 @@ def check_rewards(rewards: Sequence[RewardSource], deadline_s: float) -> None:
         if not reward.is_of_models and reward.patience_s >= deadline_s:
             raise ValueError(
                 f"ppo.rewards.{index} may take {reward.patience_s:g} s (timeout_s="
-                f"{reward.timeout_s:g}, and its retries), and ppo.deadline_s={deadline_s:g} would "
-                "end the run before: lower timeout_s, or raise ppo.deadline_s"
+                f"{reward.timeout_s:g}, and its retries), and ppo.deadline_s={deadline_s:g} is "
+                "not longer: lower timeout_s, or raise ppo.deadline_s"
             )
     metrics = [metric for reward in rewards for metric, _ in reward.columns]
     for metric, count in Counter(metrics).items():

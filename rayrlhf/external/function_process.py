@@ -3,14 +3,16 @@
     here      {"prompts": [...], "responses": [...]}              a line of JSON each way
     there     {"scores": [...]}, or what went wrong
 
-What the function prints goes to stderr, where its tracebacks are, too. The process ends with the
-one that started it.
+What the function prints goes to stderr, where its tracebacks are, too. The process, and what it
+has started, end when a call is late; it ends with the one that started it, too.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +25,9 @@ from typing import Any
 from rayrlhf.config import RecipeError
 from rayrlhf.external.functions import IMPORT_S, load
 
+PR_SET_PDEATHSIG = 1
+"""Linux's prctl(2): a signal when the thread that started this process ends."""
+
 
 class FunctionDied(RuntimeError):
     """The process ended in the middle of a call."""
@@ -34,7 +39,8 @@ class FunctionProcess:
     def __init__(self, key: str, where: str) -> None:
         """Import the function; `key` names it in errors, `where` is as `place_of` returns it.
 
-        Raises RecipeError when it cannot be imported, or not within IMPORT_S.
+        Raises RecipeError when it cannot be imported, or not within IMPORT_S. The thread that calls
+        this, and `call`, has to last as long as the process.
         """
         self.key, self._where = key, where
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,10 +79,14 @@ class FunctionProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # what the function starts belongs to it
         )
         self._process, self._read = process, bytearray()
         self._ends = weakref.finalize(self, _end, process)
-        said = self._exchange(None, IMPORT_S)
+        try:
+            said = self._exchange(None, IMPORT_S)
+        except FunctionDied as error:
+            raise RecipeError(f"{error}. It had not been called") from None
         if said is None:
             raise RecipeError(
                 f"{self.key}: its import is not done after {IMPORT_S:g} s: let the function load "
@@ -127,7 +137,8 @@ def no_numbers(key: str, kind: str, error: str) -> RecipeError:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nobody
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
@@ -137,6 +148,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def _serve(key: str, where: str) -> None:
     """Answer line after line, until nobody asks any more."""
+    if sys.platform == "linux":  # a thread that reads its stdin may never get to run
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the function prints is no answer
 
@@ -161,7 +174,7 @@ def _serve(key: str, where: str) -> None:
             continue
         try:
             say(scores=[float(value) for value in values])
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             say(is_no_list=[type(values).__name__, str(error)])
 
 

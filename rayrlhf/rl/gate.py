@@ -114,26 +114,24 @@ class Gate:
 
         def gather(parts: list[Any]) -> Evaluated:
             log_probs, entropy = pending.gather(parts)
-            mismatch = self.check(*fresh_part(log_probs, rollout, version), version)
-            return log_probs, {"policy/entropy": entropy, "kl/rollout_mismatch": mismatch}
+            metrics = {"policy/entropy": entropy}
+            learners, engines = fresh_part(log_probs, rollout, version)
+            if len(learners):
+                metrics["kl/rollout_mismatch"] = float((learners - engines).abs().mean())
+            return log_probs, metrics
 
         return replace(pending, gather=gather)
 
-    def check(self, log_probs: Tensor, rollout_log_probs: Tensor, version: int) -> float:
-        """Return mean |log-prob of the engine - of the learner|, nats per token; NaN for no token.
+    def watch(self, metrics: dict[str, float], version: int) -> dict[str, float]:
+        """Return metrics of a step; `version` is the learner's now.
 
-        Raises RuntimeError, with what is wrong, beyond `ppo.kl_rollout_mismatch_max`; where a probe
-        found that rounding is why, beyond what rounding does. `version` is the learner's.
+        Raises RuntimeError, with what is wrong, for a mean |log-prob of the engine - of the
+        learner| beyond `ppo.kl_rollout_mismatch_max`; where a probe found that rounding is why,
+        beyond what rounding does. After the update: the actor holds graphs before.
         """
-        if not len(log_probs):
-            return math.nan
-        return self._allow(float((log_probs - rollout_log_probs).abs().mean()), version)
-
-    def watch(self, update: dict[str, float], version: int) -> dict[str, float]:
-        """Return the metrics of an update; raises as `check` for a mismatch that it met."""
-        if "kl/rollout_mismatch" in update:
-            self._allow(update["kl/rollout_mismatch"], version)
-        return update
+        if "kl/rollout_mismatch" in metrics:
+            self._allow(metrics["kl/rollout_mismatch"], version)
+        return metrics
 
     def _allow(self, mismatch: float, version: int) -> float:
         if mismatch <= self._bound:

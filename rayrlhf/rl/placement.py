@@ -1,6 +1,5 @@
 """From a recipe to workers: `plan` says where each goes (layout.py), and `launch` starts them."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -231,11 +230,13 @@ class Bundles:
         remove_placement_group(self.group)
 
 
-def _patience_s(layout: Layout, settings: Mapping[Role, RoleSettings], deadline_s: float) -> float:
-    """Return how long a call on the reward role may take: endpoints end their own requests."""
+def _patience_s(settings: Mapping[Role, RoleSettings], deadline_s: float) -> float:
+    """Return how long a call on the reward role may take: its own calls have deadlines.
+
+    One worker may have most responses, and starts a function again after each call that is late.
+    """
     ppo = settings["reward"].ppo
-    workers = sum(place.role == "reward" for place in layout.places)
-    return max(deadline_s, slowest_s(ppo.rewards, math.ceil(ppo.num_responses / workers)))
+    return deadline_s + slowest_s(ppo.rewards, ppo.num_responses)
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def launch(
                 bundles.fill(CriticGroup, settings, deadline_s) if "critic" in settings else None
             ),
             reference=bundles.fill(ReferenceGroup, settings, deadline_s),
-            reward=bundles.fill(RewardGroup, settings, _patience_s(layout, settings, deadline_s)),
+            reward=bundles.fill(RewardGroup, settings, _patience_s(settings, deadline_s)),
             rollout=bundles.fill(RolloutGroup, settings, deadline_s),
         )
         if settings["actor"].ppo.weight_transfer == "broadcast":

@@ -172,12 +172,11 @@ def optimize(
             **importance,
             **roles.restarts(),
             **NOT_UPDATED,
-            **known,
             **probed,
             **rollout_metrics(rollout, timer.seconds["time/rollout_s"]),
             **timer.seconds,
         }
-        for part in losses:
+        for part in (known, *losses):
             metrics |= gate.watch(part, state.version)
         log.log(state.step, metrics)
         profile.step_done()

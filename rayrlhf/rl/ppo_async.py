@@ -94,14 +94,13 @@ def optimize(
             **importance,
             **roles.restarts(),
             **NOT_UPDATED,
-            **known,
             **probed,
             "rollout/dropped": num_dropped,
             **behind,
             **rollout_metrics(rollout, timer.seconds["time/step_s"]),
             **timer.seconds,
         }
-        for part in losses:
+        for part in (known, *losses):
             metrics |= gate.watch(part, state.version)
         log.log(state.step, metrics)
         profile.step_done()

@@ -89,6 +89,11 @@ class EndpointScorer:
                 f'{self.key}: its answer has no list "scores"{shown}: let it answer '
                 '{"scores": [number, ...]}'
             )
+        if None in scores:
+            raise RecipeError(
+                f"{self.key}: it gave null for response {scores.index(None) + 1} of "
+                f"{len(responses)}: let it answer one number for each"
+            )
         if len(scores) != len(responses):
             raise RecipeError(
                 f"{self.key}: it gave {len(scores)} scores for {len(responses)} responses: let it "

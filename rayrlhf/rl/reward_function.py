@@ -7,12 +7,15 @@ longer than `timeout_s` for is ended with its process, whatever it does there.
 import textwrap
 import threading
 from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 from rayrlhf import console
-from rayrlhf.config import Recipe, RewardSource, key_of
+from rayrlhf.config import Recipe, RecipeError, RewardSource, key_of
 from rayrlhf.external.function_process import FunctionDied, FunctionProcess
 from rayrlhf.external.functions import check, place_of
+
+Answer = Future[list[float | None]]
 
 
 class FunctionScorer:
@@ -22,28 +25,38 @@ class FunctionScorer:
         """`key` names it in errors; `where` is its place, a file with an absolute path."""
         self.key, self.reward = key, reward
         self._process = FunctionProcess(key, where)
+        self._asked: SimpleQueue[tuple[list[str], list[str], Answer]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def submit(self, prompts: list[str], responses: list[str]) -> Future[list[float | None]]:
+    def submit(self, prompts: list[str], responses: list[str]) -> Answer:
         """Start the calls; the answer are the scores, None for each that there is none of."""
-        answer: Future[list[float | None]] = Future()
+        answer: Answer = Future()
+        self._asked.put((prompts, responses, answer))
+        return answer
 
-        def work() -> None:
+    def _work(self) -> None:
+        """Make one call after the other, in one thread: its process ends with the thread."""
+        while True:
+            prompts, responses, answer = self._asked.get()
+            size = self.reward.request_size or len(responses)
+            scores: list[float | None] = []
             try:
-                size = self.reward.request_size or len(responses)
-                scores: list[float | None] = []
                 for i in range(0, len(responses), size):
                     scores += self._call(prompts[i : i + size], responses[i : i + size])
                 answer.set_result(scores)
             except BaseException as error:
                 answer.set_exception(error)
 
-        threading.Thread(target=work, daemon=True).start()
-        return answer
-
     def _call(self, prompts: list[str], responses: list[str]) -> list[Any]:
         timeout_s, default = self.reward.timeout_s, self.reward.default_score
         try:
-            return self._process.call(prompts, responses, timeout_s)
+            scores = self._process.call(prompts, responses, timeout_s)
+            if len(scores) != len(responses):
+                raise RecipeError(
+                    f"{self.key}: it gave {len(scores)} scores for {len(responses)} responses: "
+                    "return one finite number for each response, in their order"
+                )
+            return scores
         except TimeoutError:
             late = f"{self.key}: it is not done after timeout_s={timeout_s:g} s for "
             if default is None:

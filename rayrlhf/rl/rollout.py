@@ -5,8 +5,7 @@ from itertools import chain
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rayrlhf.config import RecipeError
-from rayrlhf.generation import Engine, needs_gpu, request_seed
+from rayrlhf.generation import Engine, request_seed
 from rayrlhf.rl.buckets import Bucket, unpacked
 from rayrlhf.rl.clock import timed
 from rayrlhf.rl.experience import Rollout
@@ -25,16 +24,8 @@ class RolloutWorker(Worker):
     _frozen: tuple[Bucket, ...] = ()
 
     def start(self) -> None:
-        """Load the engine.
-
-        Raises RecipeError for one on a CPU whose vLLM knows none.
-        """
+        """Load the engine."""
         settings = self.settings
-        if not settings.num_gpus and not settings.spread and needs_gpu():
-            raise RecipeError(
-                f"resources.rollout.gpus={settings.num_gpus:g}, and the vLLM on {settings.host} "
-                "needs a GPU: set it to 1 or more, or install requirements/cpu.txt there"
-            )
         self.engine = Engine(
             settings.model_path,
             max_length=settings.max_length,

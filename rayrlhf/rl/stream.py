@@ -162,6 +162,8 @@ class AsReady(RolloutStream):
 
     def take(self, step: int) -> tuple[Rollout, int]:
         """Wait until there are parts enough that are not too old."""
+        for started in self._started:  # nobody has waited for them meanwhile
+            started.pending.count_from_now()
         dropped = 0
         while True:
             self._collect()

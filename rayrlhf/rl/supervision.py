@@ -14,7 +14,7 @@ another run of it.
 
 import textwrap
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +127,7 @@ class Supervisor:
         self.role, self.spawn, self.settings = role, spawn, settings
         self.max_restarts = settings.ppo.max_restarts
         # For good: those that hang again and again, each to its deadline, may be few in an hour.
-        self._num_hung = 0
+        self._hung: Counter[int | None] = Counter()
         self.num_restarts = 0
         self._recent: dict[int | None, deque[float]] = defaultdict(deque)
 
@@ -136,7 +136,7 @@ class Supervisor:
 
         Raises RuntimeError when those of this seat have died too often within an hour.
         """
-        self._count(seat, call, error, self._recent[seat.rank], "its successor does it again")
+        self._count(seat, call, error, seat.rank, "its successor does it again")
         seat.pass_on(self.spawn(seat.rank, self.settings))
 
     def lose(self, seat: Seat, call: str, error: Exception, what: str = "") -> LearnerLost:
@@ -146,7 +146,7 @@ class Supervisor:
         """
         what = what or _what(error)
         then = "all trained ranks go back to a checkpoint"
-        self._count(seat, call, error, self._recent[None], then, what)
+        self._count(seat, call, error, None, then, what)
         return LearnerLost(f"{self.role}.{call}: worker {seat.rank} {what}: {reason(error)}")
 
     def _count(  # noqa: PLR0913 (who, in what, why, how often, what then)
@@ -154,24 +154,24 @@ class Supervisor:
         seat: Seat,
         call: str,
         error: Exception,
-        recent: deque[float],
+        who: int | None,
         then: str,
         what: str = "",
     ) -> None:
-        what = what or _what(error)
-        now = time.monotonic()
+        what, recent, now = what or _what(error), self._recent[who], time.monotonic()
         while recent and now - recent[0] > HOUR_S:
             recent.popleft()
-        used = len(recent) + self._num_hung
+        used = len(recent) + self._hung[who]
         if used >= self.max_restarts:
             raise RuntimeError(
-                f"{self.role}.{call}: worker {seat.rank} {what}, after {used} restarts "
-                f"within an hour: ppo.max_restarts={self.max_restarts} allows no more. See why "
+                f"{self.role}.{call}: worker {seat.rank} {what}, after {used} restarts within an "
+                f"hour{' or of what hung' if self._hung[who] else ''}: "
+                f"ppo.max_restarts={self.max_restarts} allows no more. See why "
                 "below and in its log under Ray's session folder; the same command resumes from "
                 f"the newest checkpoint. {error}"
             ) from error
         if isinstance(error, TimeoutError):
-            self._num_hung += 1
+            self._hung[who] += 1
         else:
             recent.append(now)
         self.num_restarts += 1

@@ -22,6 +22,8 @@ from rayrlhf.rl.supervision import DEATHS, Call, Ref
 T = TypeVar("T")
 LINE_EVERY_S = 30.0
 """Seconds between the lines that say what a long wait is for."""
+ARRIVE_S = 0.2
+"""What an answer that is there has to get here from another node, before it counts as late."""
 NEIGHBOUR_S = 10.0
 """How long after an error in a collective its cause is looked for: a rank that died."""
 
@@ -116,7 +118,8 @@ def _finish(pending: Sequence[Pending[Any]], is_enough: Callable[[], bool] = lam
         deadline = call.started + late.deadline_s
         until = min(deadline, next_line)
         refs = list(waiting)
-        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+        left = max(ARRIVE_S, until - time.monotonic())
+        ready, _ = ray.wait(refs, num_returns=1, timeout=left)
         if not ready and until == deadline:
             _hangs(late, call)
             continue

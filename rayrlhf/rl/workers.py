@@ -10,7 +10,6 @@ All ranks of a trained role call the same method with the same arguments and wor
 of the rows (see experience.py). Dropout is off in every role: models stay in eval mode.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -190,8 +189,8 @@ class ActorWorker(TrainedWorker):
                         found = (entropy * micro.mask).sum() * self.cfg.epochs  # of the first only
                         add(sums, {"policy/entropy": found})
                     log_ratio = (log_probs.detach() - old) * micro.mask
-                    changed = float((log_ratio.exp() - 1).abs().max())
-                    largest = changed if math.isnan(changed) else max(changed, largest)
+                    changed = (log_ratio.exp() - 1).abs().max().cpu()
+                    largest = float(torch.maximum(torch.tensor(largest), changed))  # NaN stays
                     distance += float(log_ratio.abs().sum())
                 if self.corpus is not None:
                     add(sums, self._ptx(self.corpus, step * self._updates + number))

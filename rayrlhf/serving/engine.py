@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from starlette.datastructures import State
 
 from rayrlhf.config import ServeConfig
-from rayrlhf.generation import ENVIRONMENT, engine_arguments, parameters
+from rayrlhf.generation import ENVIRONMENT, check_cpu, engine_arguments, parameters
 from rayrlhf.serving.answers import Answer, Kind
 from rayrlhf.serving.gate import Gate
 from rayrlhf.serving.refusals import error_body
@@ -46,6 +46,7 @@ class OpenAIEngine:
         """Load a Hugging Face folder; `model` is its name in requests, `gpus` what Ray gave it."""
         os.environ.update(ENVIRONMENT)
         if not gpus:
+            check_cpu()
             # Compiling its few functions takes half a minute, and saves nothing on CPUs.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs

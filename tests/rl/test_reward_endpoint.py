@@ -73,11 +73,11 @@ def test_an_error_that_stays_ends_in_what_was_answered() -> None:
 
 def test_a_slow_answer_is_late_and_asked_for_again() -> None:
     def first_slow(body: dict[str, Any], count: int) -> Answer:
-        time.sleep(1.0 if count == 0 else 0)
+        time.sleep(3.0 if count == 0 else 0)
         return lengths(body, count)
 
     with serving(first_slow) as server:
-        assert endpoint(server, timeout_s=0.3).submit(["a"], ["bb"]).result(timeout=20) == [2]
+        assert endpoint(server, timeout_s=1.5).submit(["a"], ["bb"]).result(timeout=20) == [2]
         assert len(server.bodies) == 2
         # The first one is the slow one of a new count.
         server.bodies.clear()
@@ -144,13 +144,16 @@ def test_a_wrong_answer_is_shown_and_not_asked_for_again(answer: Answer, said: s
 
 @pytest.mark.parametrize(
     ("scores", "said"),
-    [([1.0, float("nan")], "gave nan for response 2 of 2"), ([1.0, None], "no list of numbers")],
+    [
+        ([1.0, float("nan")], "gave nan for response 2 of 2"),
+        ([1.0, None], "gave null for response 2 of 2"),
+    ],
 )
 def test_what_is_no_number_is_refused(scores: list[Any], said: str) -> None:
     with serving(lambda *_: (200, {"scores": scores})) as server:
-        found = endpoint(server).submit(["a", "b"], ["c", "d"]).result(timeout=20)
-    with pytest.raises(RecipeError, match=said):
-        as_scores("key", found, 2)
+        answer = endpoint(server).submit(["a", "b"], ["c", "d"])
+        with pytest.raises(RecipeError, match=said):
+            as_scores("key", answer.result(timeout=20), 2)
 
 
 def test_headers_come_from_a_variable_and_are_shown_nowhere(

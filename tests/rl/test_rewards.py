@@ -203,7 +203,7 @@ def test_what_is_late_has_the_default_score_and_is_shown(
 ) -> None:
     reward = {
         "function": f"{functions}:sometimes",
-        "timeout_s": 0.5,
+        "timeout_s": 3,
         "request_size": 1,
         "default_score": -2.5,
         "weight": 2.0,
@@ -220,7 +220,7 @@ def test_what_is_late_has_the_default_score_and_is_shown(
     assert parts["reward/sometimes_missing"] == float(is_late.float().mean())
     said = capsys.readouterr().out.splitlines()
     assert len(said) == int(is_late.sum())
-    assert "sometimes: it is not done after timeout_s=0.5 s for 1 responses: default_s" in said[0]
+    assert "sometimes: it is not done after timeout_s=3 s for 1 responses: default_s" in said[0]
 
 
 def test_reward_rises_with_a_function(train: Callable[..., Any], functions: str) -> None:

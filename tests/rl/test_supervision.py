@@ -159,7 +159,7 @@ def test_a_learner_that_hangs_is_lost_and_counts_for_good(
         with pytest.raises(LearnerLost, match=r"critic\.update: worker 0 hangs: critic\.update is"):
             group.update("experience", 1).wait()
         group.renew(settings(max_restarts=2)).wait()
-    with pytest.raises(RuntimeError, match="worker 0 hangs, after 2 restarts"):
+    with pytest.raises(RuntimeError, match="after 2 restarts within an hour or of what hung: ppo"):
         group.update("experience", 1).wait()
 
 
@@ -280,7 +280,7 @@ def test_deaths_are_counted_by_worker_and_hour(make: Make, monkeypatch: pytest.M
     with monkeypatch.context() as patched:
         patched.setattr(supervision, "time", Clock)
         for _ in range(9):  # two of them are within any hour
-            group.supervisor._count(group.seats[0], "x", DEAD, group.supervisor._recent[0], "again")
+            group.supervisor._count(group.seats[0], "x", DEAD, 0, "again")
 
     group = make(ReferenceGroup, {"log_probs": DEAD}, max_restarts=0)
     with pytest.raises(RuntimeError, match=r"ppo\.max_restarts=0 allows no more"):
@@ -390,7 +390,7 @@ def test_the_deadline_of_a_repeated_call_begins_anew(
     monkeypatch.setattr(waiting, "ray", Watched)
     pending.wait()
     first, *later = [timeout for timeout in timeouts if timeout]  # 0 only looks who is there, too
-    assert first < 0.2 and min(later) > 4
+    assert first <= waiting.ARRIVE_S and min(later) > 4
 
 
 def test_a_reason_is_one_line() -> None:

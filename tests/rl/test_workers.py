@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from rayrlhf.config import RecipeError
 from rayrlhf.data.packing import pack_best_fit
 from rayrlhf.generation import Completion
 from rayrlhf.models.causal_lm import load_causal_lm, token_log_probs
@@ -81,6 +80,16 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing(settings: Make, tokens: i
         assert metrics["policy/first_ratio"] == 1.0
         assert metrics["policy/first_clip_fraction"] == 0.0
         assert metrics["policy/approx_kl"] > 0  # later minibatches are off-policy
+
+
+@pytest.mark.parametrize("token", [0, -1])
+def test_a_ratio_that_is_no_number_is_not_hidden(settings: Make, token: int) -> None:
+    own = settings(actor={"tokens_per_microbatch": 1}, num_minibatches=1)  # a row each
+    rollout, actor = sample(own), actor_of(own)
+    old = flat(actor.log_probs(rollout, 0)[0]).clone()
+    old[token] = float("nan")
+    metrics = actor.update(experience(rollout, old, torch.ones_like(old)), 0)
+    assert metrics["policy/first_ratio"] != metrics["policy/first_ratio"]  # NaN
 
 
 @pytest.mark.parametrize("min_fill", [0.0, 0.9])
@@ -423,14 +432,6 @@ def _filling(row: list[int]) -> int:
     """Count the end-of-text tokens after the first of those that end the row."""
     count = next(i for i, token in enumerate(reversed(row)) if token != EOS)
     return count - 1
-
-
-def test_an_engine_without_gpu_needs_a_vllm_for_cpus(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rayrlhf.rl.rollout.needs_gpu", lambda: True)
-    with pytest.raises(RecipeError, match=r"rollout\.gpus=0, and the vLLM on 127\.0\.0\.1 needs"):
-        RolloutWorker(settings()).start()
 
 
 def test_seeds_of_responses_do_not_depend_on_the_engine(settings: Make) -> None:
