@@ -137,7 +137,7 @@ def no_numbers(key: str, kind: str, error: str) -> RecipeError:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nobody
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, with all
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):

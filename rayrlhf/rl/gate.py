@@ -133,19 +133,18 @@ class Gate:
             self._allow(metrics["kl/rollout_mismatch"], version)
         return metrics
 
-    def _allow(self, mismatch: float, version: int) -> float:
+    def _allow(self, mismatch: float, version: int) -> None:
         if mismatch <= self._bound:
-            return mismatch
+            return
         worst = worst_of(*self._compare(version))
         if mismatch <= self._bound:  # now: rounding is why
-            return mismatch
+            return
         if self.cfg.old_log_probs != "auto" or not mismatch <= ROUNDING_MAX:
             raise RuntimeError(
                 f"{too_large(mismatch, self._bound)}. Probes differ by {worst:.3g} only: see the "
                 "log of the engines for what was different in this step"
             )
         self._compute_around(mismatch, f"in a step's responses, {worst:.3g} in probes")
-        return mismatch
 
     def _compare(self, version: int) -> tuple[Probe, Probe]:
         """Probe, greedily and by sampling; raises as `probe`."""

@@ -6,7 +6,9 @@ longer than `timeout_s` for is ended with its process, whatever it does there.
 
 import textwrap
 import threading
+import weakref
 from concurrent.futures import Future
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,6 +18,8 @@ from rayrlhf.external.function_process import FunctionDied, FunctionProcess
 from rayrlhf.external.functions import check, place_of
 
 Answer = Future[list[float | None]]
+Asked = tuple[list[str], list[str], Answer]
+"""Prompts, their responses, and where the scores go."""
 
 
 class FunctionScorer:
@@ -23,10 +27,12 @@ class FunctionScorer:
 
     def __init__(self, key: str, where: str, reward: RewardSource) -> None:
         """`key` names it in errors; `where` is its place, a file with an absolute path."""
-        self.key, self.reward = key, reward
-        self._process = FunctionProcess(key, where)
-        self._asked: SimpleQueue[tuple[list[str], list[str], Answer]] = SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self.key = key
+        self._asked: SimpleQueue[Asked | None] = SimpleQueue()
+        calls = Calls(key, reward, FunctionProcess(key, where))
+        # A daemon: a call that is under way does not keep its process from ending.
+        threading.Thread(target=calls.work, args=(self._asked,), daemon=True).start()
+        weakref.finalize(self, self._asked.put, None)
 
     def submit(self, prompts: list[str], responses: list[str]) -> Answer:
         """Start the calls; the answer are the scores, None for each that there is none of."""
@@ -34,10 +40,19 @@ class FunctionScorer:
         self._asked.put((prompts, responses, answer))
         return answer
 
-    def _work(self) -> None:
-        """Make one call after the other, in one thread: its process ends with the thread."""
-        while True:
-            prompts, responses, answer = self._asked.get()
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a function, one after the other."""
+
+    key: str
+    reward: RewardSource
+    process: FunctionProcess
+
+    def work(self, asked: "SimpleQueue[Asked | None]") -> None:
+        """Answer what is asked, up to None; in one thread, with which the process ends."""
+        while (found := asked.get()) is not None:
+            prompts, responses, answer = found
             size = self.reward.request_size or len(responses)
             scores: list[float | None] = []
             try:
@@ -46,11 +61,13 @@ class FunctionScorer:
                 answer.set_result(scores)
             except BaseException as error:
                 answer.set_exception(error)
+        self.process.close()
 
     def _call(self, prompts: list[str], responses: list[str]) -> list[Any]:
+        """Return the scores, or under `default_score` None for each when there are none."""
         timeout_s, default = self.reward.timeout_s, self.reward.default_score
         try:
-            scores = self._process.call(prompts, responses, timeout_s)
+            scores = self.process.call(prompts, responses, timeout_s)
             if len(scores) != len(responses):
                 raise RecipeError(
                     f"{self.key}: it gave {len(scores)} scores for {len(responses)} responses: "

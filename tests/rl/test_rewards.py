@@ -1,10 +1,14 @@
 """`ppo.rewards`: the score is the weighted sum of what models, functions and endpoints say."""
 
+import contextlib
+import gc
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -221,6 +225,28 @@ def test_what_is_late_has_the_default_score_and_is_shown(
     said = capsys.readouterr().out.splitlines()
     assert len(said) == int(is_late.sum())
     assert "sometimes: it is not done after timeout_s=3 s for 1 responses: default_s" in said[0]
+
+
+def test_a_worker_that_is_gone_leaves_no_process(settings: Make, functions: str) -> None:
+    own = settings(rewards=[{"function": f"{functions}:length"}])
+    worker = RewardWorker(own)
+    worker.start()
+    assert num_processes(functions) == 1
+    del worker
+    gc.collect()
+    end = time.monotonic() + 20
+    while num_processes(functions):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def num_processes(named: str) -> int:
+    """Count the children of this process with a name in their command."""
+    count = 0
+    for each in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            count += named in " ".join(each.cmdline())
+    return count
 
 
 def test_reward_rises_with_a_function(train: Callable[..., Any], functions: str) -> None:
