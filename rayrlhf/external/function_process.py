@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from rayrlhf.config import RecipeError
-from rayrlhf.external.functions import IMPORT_S, load
+from rayrlhf.external.functions import IMPORT_S, environment, late_import, load
 
 PR_SET_PDEATHSIG = 1
 """Linux's prctl(2): a signal when the thread that started this process ends."""
@@ -73,10 +73,9 @@ class FunctionProcess:
             self._process = None
 
     def _start(self) -> None:
-        paths = [path or os.getcwd() for path in sys.path]
         process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, self.key, self._where],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # what the function starts belongs to it
@@ -88,10 +87,7 @@ class FunctionProcess:
         except FunctionDied as error:
             raise RecipeError(f"{error}. It had not been called") from None
         if said is None:
-            raise RecipeError(
-                f"{self.key}: its import is not done after {IMPORT_S:g} s: let the function load "
-                "what takes longer when it is called first"
-            )
+            raise late_import(self.key)
         if "wrong" in said:
             self.close()
             raise RecipeError(said["wrong"])

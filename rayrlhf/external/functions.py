@@ -73,21 +73,17 @@ def load(key: str, where: str) -> Function:
 
 def check(key: str, where: str) -> None:
     """Raise RecipeError as `load` does, after an import in a process of its own."""
-    paths = [path or os.getcwd() for path in sys.path]
     try:
         said = subprocess.run(
             [sys.executable, "-m", __spec__.name, key, where],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=IMPORT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise RecipeError(
-            f"{key}: its import is not done after {IMPORT_S:g} s: let the function load what takes "
-            "longer when it is called first"
-        ) from None
+        raise late_import(key) from None
     if said.returncode:
         lines = said.stdout.splitlines() or [""]
         if lines[-1].startswith("{"):
@@ -96,6 +92,20 @@ def check(key: str, where: str) -> None:
         raise RecipeError(
             f"{key}: its import ends the process with code {said.returncode}: {last[:300]}"
         )
+
+
+def environment() -> dict[str, str]:
+    """Return that of a process that finds a function where this one does."""
+    paths = [path or os.getcwd() for path in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def late_import(key: str) -> RecipeError:
+    """Return the error for an import that takes longer than IMPORT_S."""
+    return RecipeError(
+        f"{key}: its import is not done after {IMPORT_S:g} s: let the function load what takes "
+        "longer when it is called first"
+    )
 
 
 def _load_file(path: Path) -> ModuleType:

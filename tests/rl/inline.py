@@ -187,6 +187,13 @@ class SmallEngine:
         return version
 
 
+class SmallRollout(RolloutWorker):
+    """A rollout worker on it."""
+
+    def start(self) -> None:
+        self.engine = SmallEngine(self.settings.model_path)  # type: ignore[assignment]
+
+
 class CountingReward(RewardWorker):
     """The score is how often token 5 occurs in the response."""
 

@@ -14,18 +14,13 @@ from rayrlhf.metrics import read_jsonl
 from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups, placement, ppo
 from rayrlhf.rl.supervision import Handle
-from tests.rl.inline import SmallEngine, timeless
+from tests.rl.inline import SmallRollout, timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROLES = ("actor", "critic", "reference", "reward", "rollout")
 LOST_IN_STEP = 3
 NODE = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
-
-
-class SmallRollout(placement.RolloutWorker):
-    def start(self) -> None:
-        self.engine = SmallEngine(self.settings.model_path)  # type: ignore[assignment]
 
 
 @pytest.fixture

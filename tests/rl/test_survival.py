@@ -18,20 +18,14 @@ from rayrlhf.models.scalar_head import ScalarHeadModel
 from rayrlhf.rl import groups, ppo
 from rayrlhf.rl.placement import Roles
 from rayrlhf.rl.ranks import RoleSettings
-from rayrlhf.rl.rollout import RolloutWorker
 from rayrlhf.rl.state import restore, resume_point
 from rayrlhf.rl.supervision import Supervisor
 from rayrlhf.rl.workers import ActorWorker, CriticWorker, ReferenceWorker
 from rayrlhf.training.checkpoint import begin, commit, is_complete
-from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallEngine, timeless
+from tests.rl.inline import CountingReward, InlineHandle, InlineMethod, SmallRollout, timeless
 
 Death = tuple[str, str, int]
 """Role, call, and which call of that name it is that the worker dies in."""
-
-
-class SmallRollout(RolloutWorker):
-    def start(self) -> None:
-        self.engine = SmallEngine(self.settings.model_path)  # type: ignore[assignment]
 
 
 KINDS: dict[str, tuple[type[groups.Group], type]] = {
